@@ -1,0 +1,245 @@
+"""The base of every layer: parameters, gradients, state and buffers under dotted names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Self, TypeAlias
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from kilter._check import KilterError, dtype_of
+
+Array: TypeAlias = NDArray[Any]
+State: TypeAlias = dict[str, Any]
+
+
+class LoadReport(NamedTuple):
+    """What `load_state_dict(strict=False)` left out."""
+
+    missing: list[str]  # names of the module that were not loaded
+    unexpected: list[str]  # names of the given state that found no place
+
+
+def expect(x: Array, shape: tuple[int | str, ...], dtype: np.dtype[Any] | None, name: str = "x") -> None:
+    """Raise a KilterError unless x has this shape (a str stands for any size) and dtype."""
+    given = getattr(x, "shape", None)
+    if given is None:
+        raise KilterError(f"{name}: expected an array, got {type(x).__name__}")
+    if len(given) != len(shape) or any(
+        w != g for w, g in zip(shape, given, strict=True) if w.__class__ is int
+    ):
+        wanted = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
+        raise KilterError(f"{name}: expected shape ({wanted}), got {given}")
+    if dtype is not None and x.dtype != dtype:
+        raise KilterError(f"{name}: expected dtype {dtype.name}, got {x.dtype.name}")
+
+
+class Module:
+    """A layer `y = m(x)` with an explicit backward `dx = m.backward(dy)`.
+
+    A subclass writes `forward(x)` and `backward(dy, *, need_dx=True)`, and may
+
+    * own parameters: `self.add_param(name, array)` in `__init__`; its backward overwrites
+      `self.own_grads[name]`;
+    * own further state that is saved but not trained: `extra_state` and `load_extra_state`;
+    * hold other modules as attributes; their names are prefixed with the attribute's and a dot.
+
+    Notes
+    -----
+    `params()` and `grads()` return the arrays themselves, under equal names. They stay the same objects
+    through training and `load_state_dict`, so an optimizer and its list of gradients are built once; `to` and
+    `freeze` change the lists: call them first. Every `backward` overwrites the gradients.
+
+    A forward keeps references to what its backward needs; x must not change in between.
+    """
+
+    def __init__(self) -> None:
+        self.training = True
+        self.frozen = False
+        self.own_params: dict[str, Array] = {}
+        self.own_grads: dict[str, Array] = {}
+        self._reuse = False
+        self._scratch: dict[str, Array] = {}
+
+    def __call__(self, x: Array) -> Array:
+        """`forward(x)`."""
+        return self.forward(x)
+
+    def forward(self, x: Array) -> Array:
+        """Output for x."""
+        raise NotImplementedError(f"{type(self).__name__}.forward")
+
+    def backward(self, dy: Array, *, need_dx: bool = True) -> Any:
+        """Gradient dx of the loss for the last x, given dy for its output; fills `grads()`.
+
+        With `need_dx=False` the work for dx may be left out and None returned.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.backward")
+
+    # ---- names
+
+    def children(self) -> dict[str, Module]:
+        """The modules directly inside this one, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Module)}
+
+    def modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
+        """This module and all below it, each with the prefix of its names."""
+        yield prefix, self
+        for name, child in self.children().items():
+            yield from child.modules(f"{prefix}{name}.")
+
+    def params(self) -> dict[str, Array]:
+        """The parameters to train (those of frozen modules are left out), by dotted name."""
+        return {pre + n: a for pre, m in self.modules() if not m.frozen for n, a in m.own_params.items()}
+
+    def grads(self) -> dict[str, Array]:
+        """The gradients of `params()`: stable arrays that every backward overwrites."""
+        return {pre + n: a for pre, m in self.modules() if not m.frozen for n, a in m.own_grads.items()}
+
+    def add_param(self, name: str, value: Array) -> None:
+        """Own `value` as a parameter, with a gradient of zeros."""
+        self.own_params[name] = value
+        self.own_grads[name] = np.zeros_like(value)
+
+    # ---- modes
+
+    def train(self, mode: bool = True) -> Self:
+        """Training mode: batch statistics, dropout."""
+        for _, module in self.modules():
+            module.training = mode
+        return self
+
+    def eval(self) -> Self:
+        """Inference mode: running statistics, no dropout."""
+        return self.train(False)
+
+    def freeze(self) -> Self:
+        """Take the parameters out of `params()` and `grads()`; BatchNorm then uses its running statistics."""
+        for _, module in self.modules():
+            module.frozen = True
+        return self
+
+    def thaw(self) -> Self:
+        """Undo `freeze`."""
+        for _, module in self.modules():
+            module.frozen = False
+        return self
+
+    def reuse_buffers(self, flag: bool = True) -> Self:
+        """Write outputs and gradients into arrays that the layers keep, instead of fresh ones.
+
+        Each call then overwrites what the call before returned. A smaller batch uses the front of a buffer.
+        """
+        for _, module in self.modules():
+            module._reuse = flag
+            module._scratch.clear()
+        return self
+
+    def to(self, dtype: DTypeLike) -> Self:
+        """Convert the parameters to float64, float32, float16 or bfloat16; build the optimizer afterwards."""
+        wanted = dtype_of("dtype", dtype)
+        for _, module in self.modules():
+            module._scratch.clear()
+            module.convert(wanted)
+        return self
+
+    def convert(self, dtype: np.dtype[Any]) -> None:
+        """Convert this module's own arrays."""
+        for name, value in self.own_params.items():
+            self.add_param(name, value.astype(dtype))
+
+    # ---- state
+
+    def extra_state(self) -> State:
+        """Own state beside the parameters: arrays and plain numbers."""
+        return {}
+
+    def load_extra_state(self, state: State) -> None:
+        """Take `extra_state` back."""
+
+    def own_state(self) -> State:
+        """Parameters and extra state of this module alone, not copied."""
+        return {**self.own_params, **self.extra_state()}
+
+    def state_dict(self) -> State:
+        """Copies of all parameters (frozen ones too) and other state: dotted names to arrays and numbers."""
+        state = {pre + n: v for pre, m in self.modules() for n, v in m.own_state().items()}
+        return {n: v.copy() if hasattr(v, "shape") else v for n, v in state.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> LoadReport:
+        """Copy a state into the arrays of this module, converting to their dtype.
+
+        Parameters
+        ----------
+        state
+            As from `state_dict`.
+        strict
+            True: names and shapes must be equal. False: what has the same name and shape is loaded.
+
+        Raises
+        ------
+        KilterError
+            A name or a shape differs (strict), or a value is no number; nothing was written.
+        """
+        own = {pre + n: v for pre, m in self.modules() for n, v in m.own_state().items()}
+        wrong = {n for n in own.keys() & state.keys() if np.shape(own[n]) != np.shape(state[n])}
+        report = LoadReport(
+            sorted((own.keys() - state.keys()) | wrong), sorted((state.keys() - own.keys()) | wrong)
+        )
+        if strict:
+            _refuse(report, own, state, wrong)
+        taken = (own.keys() & state.keys()) - wrong
+        for name in taken:
+            _expect_numbers(name, state[name])
+        for prefix, module in self.modules():
+            given = {n: state[prefix + n] for n in module.own_state() if prefix + n in taken}
+            for name, value in module.own_params.items():
+                if name in given:
+                    np.copyto(value, given.pop(name), casting="unsafe")
+            if given:
+                module.load_extra_state({**module.extra_state(), **given})
+        return report
+
+    # ---- buffers
+
+    @property
+    def reuses_buffers(self) -> bool:
+        """Whether `reuse_buffers` is on."""
+        return self._reuse
+
+    def buffer(self, slot: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """Uninitialised C-contiguous array for a result: fresh, or kept (see `reuse_buffers`)."""
+        if not self._reuse:
+            return np.empty(shape, dtype)
+        kept = self._scratch.get(slot)
+        if kept is not None and kept.shape == shape and kept.dtype == dtype:
+            return kept
+        fits = (
+            kept is not None and kept.shape[1:] == shape[1:] and len(kept) >= shape[0] and kept.dtype == dtype
+        )
+        if kept is None or not fits:
+            kept = self._scratch[slot] = np.empty(shape, dtype)
+            return kept
+        return kept[: shape[0]]
+
+
+def _refuse(report: LoadReport, own: State, state: Mapping[str, Any], wrong: set[str]) -> None:
+    for name in sorted(wrong):
+        raise KilterError(f"{name}: expected shape {np.shape(own[name])}, got {np.shape(state[name])}")
+    if report.missing or report.unexpected:
+        raise KilterError(
+            f"state: expected the names of this module; missing {_some(report.missing)}, "
+            f"unexpected {_some(report.unexpected)}"
+        )
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:4]) or "none"
+    return f"{shown} and {len(names) - 4} more" if len(names) > 4 else shown
+
+
+def _expect_numbers(name: str, value: object) -> None:
+    dtype = np.asarray(value).dtype
+    if dtype.kind not in "biuf" and dtype.name != "bfloat16":
+        raise KilterError(f"{name}: expected numbers, got {type(value).__name__} of dtype {dtype.name}")

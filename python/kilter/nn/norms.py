@@ -1,0 +1,110 @@
+"""Normalisation layers."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from kilter._check import KilterError, arithmetic, dtype_of
+from kilter.nn.module import Array, Module, State
+from kilter.norm import batch_norm, batch_norm_backward
+from kilter.schedule import Schedule
+from kilter.stats import RunningStats
+
+
+class BatchNorm(Module):
+    """y = activation(gamma (x - mean) / sqrt(var + eps) + beta), per channel over the batch.
+
+    Parameters
+    ----------
+    features
+        Number of channels.
+    axis
+        The channel axis: 1, or -1 for channels-last.
+    eps
+        Added to the variance.
+    momentum
+        Weight of the new batch in the running statistics; None is the cumulative average; or a schedule.
+    affine
+        Whether there are `gamma` (ones at first) and `beta` (zeros).
+    unbiased
+        Whether the running variance is n/(n-1)-corrected.
+    activation
+        None or "relu", fused.
+    dtype
+        Of x. Parameters and statistics have the dtype of the arithmetic: float64 for float64, else float32.
+
+    Notes
+    -----
+    In `eval()`, and while frozen, the running statistics normalise and do not change. A batch of one value
+    per channel raises a KilterError in training.
+
+    References
+    ----------
+    Ioffe, Szegedy, 2015, arXiv:1502.03167.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        axis: int = 1,
+        eps: float = 1e-5,
+        momentum: float | Schedule | None = 0.1,
+        affine: bool = True,
+        unbiased: bool = True,
+        activation: str | None = None,
+        dtype: DTypeLike = "float32",
+    ) -> None:
+        super().__init__()
+        if activation not in (None, "relu"):
+            raise KilterError(f"activation: expected None or 'relu', got {activation!r}")
+        real = arithmetic("dtype", dtype_of("dtype", dtype))
+        self.axis, self.eps, self.activation = axis, eps, activation
+        self._make_running = partial(RunningStats, features, momentum=momentum, unbiased=unbiased)
+        self.running = self._make_running(dtype=real)
+        if affine:
+            self.add_param("gamma", np.ones(features, real))
+            self.add_param("beta", np.zeros(features, real))
+
+    def forward(self, x: Array) -> Array:
+        """Y, of x's shape and dtype."""
+        y: Array
+        y, self._cache = batch_norm(
+            x,
+            self.own_params.get("gamma"),
+            self.own_params.get("beta"),
+            axis=self.axis,
+            eps=self.eps,
+            running=self.running,
+            training=self.training and not self.frozen,
+            activation=self.activation,
+            out=self.buffer("y", x.shape, x.dtype) if self._reuse else None,
+        )
+        return y
+
+    def backward(self, dy: Array, *, need_dx: bool = True) -> Any:
+        """dx, through the batch statistics in training; fills the gradients of gamma and beta."""
+        out = self.buffer("dx", dy.shape, dy.dtype) if self._reuse else None
+        dx, dgamma, dbeta, _ = batch_norm_backward(dy, self._cache, out=out)
+        if self.own_params and not self.frozen:
+            np.copyto(self.own_grads["gamma"], dgamma)
+            np.copyto(self.own_grads["beta"], dbeta)
+        return dx if need_dx else None
+
+    def convert(self, dtype: np.dtype[Any]) -> None:
+        """Parameters and statistics in the dtype of the arithmetic."""
+        super().convert(arithmetic("dtype", dtype))
+        state, self.running = self.running.state_dict(), self._make_running(dtype=arithmetic("dtype", dtype))
+        self.running.load_state_dict(state)
+
+    def extra_state(self) -> State:
+        """The running statistics."""
+        return {f"running.{name}": value for name, value in self.running.state_dict().items()}
+
+    def load_extra_state(self, state: State) -> None:
+        """Take the running statistics back."""
+        self.running.load_state_dict({name.removeprefix("running."): v for name, v in state.items()})

@@ -1,0 +1,180 @@
+"""Parameters, gradients and state as arrays: structures, checks, and the flat layout that kernels work on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from kilter import _check, _kilter
+from kilter._backend import backend_of
+from kilter._check import fail
+
+
+class Bucket:
+    """Parameters that share options, dtype and clock, with one flat array per slot of state."""
+
+    def __init__(
+        self, xp: Any, group: int, slots: tuple[str, ...], masters: bool, clock: dict[str, float], frozen: bool
+    ) -> None:
+        self.xp, self.group, self.slots, self.frozen = xp, group, slots, frozen
+        self.has_masters = masters
+        self.clock = clock
+        self.names: list[str] = []
+        self.params: list[Any] = []
+        self.state: list[Any] = []
+        self.masters: Any = None
+
+    def fill(self, old: Mapping[str, Mapping[str, Any]]) -> None:
+        """Allocates the state and takes over that of the parameters that had some."""
+        real = _check.arithmetic("params", self.params[0].dtype)
+        size = sum(p.size for p in self.params)
+        self.state = [self.xp.zeros(size, real) for _ in self.slots]
+        self.masters = self.xp.empty(size, real) if self.has_masters else None
+        for (name, part), p in zip(self.parts(), self.params, strict=True):
+            kept = old[name]["arrays"] if name in old else {}
+            for slot, array in part["arrays"].items():
+                if slot in kept:
+                    array[...] = kept[slot]
+                elif slot == "master":
+                    array[...] = p
+
+    def parts(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yields each parameter's name, state (views in the parameter's shape) and clock."""
+        flat = dict(zip(self.slots, self.state, strict=True))
+        if self.masters is not None:
+            flat["master"] = self.masters
+        start = 0
+        for name, p in zip(self.names, self.params, strict=True):
+            views = {slot: array[start : start + p.size].reshape(p.shape) for slot, array in flat.items()}
+            yield name, {"arrays": views, "clock": dict(self.clock)}
+            start += p.size
+
+    def loaded(self, name: str, part: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns a parameter's part with the values of `state`.
+
+        Raises:
+            KilterError: a shape differs.
+        """
+        arrays = {}
+        for slot, own in part["arrays"].items():
+            key = f"state.{name}.{slot}"
+            given = _check.array(f"state[{key}]", state[key])
+            if given.shape != own.shape or given.dtype != own.dtype:
+                fail(f"state[{key}]", f"{own.dtype} of shape {own.shape}", f"{given.dtype} of shape {given.shape}")
+            arrays[slot] = given
+        clock = {key: _check.number(f"state[state.{name}.{key}]", state[f"state.{name}.{key}"]) for key in part["clock"]}
+        return {"arrays": arrays, "clock": clock}
+
+
+def groups_of(params: Any) -> tuple[list[dict[str, Any]], str]:
+    """Returns parameters as groups of dicts, and what they came as: a list, a dict or groups."""
+    if isinstance(params, Mapping):
+        return [{"params": dict(params)}], "dict"
+    if not isinstance(params, (list, tuple)):
+        fail("params", "a list, a dict or a list of groups", type(params).__name__)
+    if not params or not any(isinstance(one, Mapping) for one in params):
+        return [{"params": dict(enumerate(params))}], "list"
+    groups, first = [], 0
+    for group in params:
+        if not isinstance(group, Mapping) or "params" not in group:
+            fail("params", "groups that are dicts with the key 'params'", type(group).__name__)
+        inner = group["params"]
+        if not isinstance(inner, (Mapping, list, tuple)):
+            fail("params", "a list or a dict of arrays in each group", type(inner).__name__)
+        groups.append({**group, "params": dict(inner) if isinstance(inner, Mapping) else dict(enumerate(inner))})
+        first += len(inner)
+    return groups, "groups"
+
+
+def check_param(name: str, p: Any) -> None:
+    """Refuses a parameter that kernels could not update in place."""
+    argument = f"params[{name}]"
+    _check.array(argument, p)
+    _check.arithmetic(argument, p.dtype)
+    if not _check.ready(p):
+        fail(argument, "a C-contiguous, aligned array of native byte order", f"strides {p.strides}, dtype {p.dtype}")
+    if not p.flags.writeable:
+        fail(argument, "a writable array", "a read-only one")
+
+
+def check_apart(params: Mapping[str, Any]) -> None:
+    """Refuses parameters that share memory."""
+    ranges = []
+    for name, p in params.items():
+        if p.size:
+            start = p.__array_interface__["data"][0]
+            ranges.append((start, start + p.nbytes, name))
+    ranges.sort()
+    for (_, end, first), (start, _, second) in zip(ranges, ranges[1:], strict=False):
+        if start < end:
+            fail(f"params[{second}]", "memory of its own", f"memory shared with params[{first}]")
+
+
+def match(
+    grads: Any, structure: str, groups: list[dict[str, Any]], buckets: list[Bucket], frozen: set[str]
+) -> list[list[Any]]:
+    """Returns the gradients of each bucket's parameters, in their order."""
+    if structure == "groups" and isinstance(grads, Mapping):
+        structure = "dict"
+    if structure == "dict":
+        if not isinstance(grads, Mapping):
+            fail("grads", "a dict name -> array", type(grads).__name__)
+        named = grads
+    else:
+        if not isinstance(grads, (list, tuple)):
+            fail("grads", f"a list, as the {structure} of parameters", type(grads).__name__)
+        names = [name for group in groups for name in group["params"]]
+        if structure == "groups":
+            grads = _of_groups(grads, groups)
+        if len(grads) != len(names):
+            fail("grads", f"{len(names)} gradients", len(grads))
+        named = dict(zip(names, grads, strict=True))
+    wanted = [name for bucket in buckets for name in bucket.names]
+    extra = set(named) - set(wanted) - frozen if len(named) != len(wanted) else set()
+    try:
+        found = [[named[name] for name in bucket.names] for bucket in buckets]
+    except KeyError:
+        missing = set(wanted) - set(named)
+        fail("grads", "one for each parameter", differences(missing, set(named) - set(wanted) - frozen))
+    if extra:
+        fail("grads", "one for each parameter", differences(set(), extra))
+    for bucket, given in zip(buckets, found, strict=True):
+        first = bucket.params[0]
+        for name, g in zip(bucket.names, given, strict=True):
+            if type(g) is not type(first):
+                backend_of(_check.array(f"grads[{name}]", g), first, names=(f"grads[{name}]", "params"))
+    return found
+
+
+def _of_groups(grads: Any, groups: list[dict[str, Any]]) -> list[Any]:
+    """Returns the gradients of all groups in one list."""
+    if len(grads) != len(groups):
+        fail("grads", f"{len(groups)} groups", len(grads))
+    flat: list[Any] = []
+    for index, (given, group) in enumerate(zip(grads, groups, strict=True)):
+        inner = given["params"] if isinstance(given, Mapping) and "params" in given else given
+        if isinstance(inner, Mapping):
+            missing, extra = set(group["params"]) - set(inner), set(inner) - set(group["params"])
+            if missing or extra:
+                fail(f"grads[{index}]", "one for each parameter", differences(missing, extra))
+            inner = [inner[name] for name in group["params"]]
+        if not isinstance(inner, (list, tuple)) or len(inner) != len(group["params"]):
+            fail(f"grads[{index}]", f"{len(group['params'])} gradients", "another structure")
+        flat.extend(inner)
+    return flat
+
+
+def differences(missing: set[str], extra: set[str]) -> str:
+    """Says what is missing and what is too much."""
+    parts = [f"{word} {', '.join(sorted(map(str, some)))}" for word, some in (("no", missing), ("also", extra)) if some]
+    return " and ".join(parts)
+
+
+def retried(xp: Any, grads: list[Any], call: Callable[[list[Any]], None]) -> list[Any]:
+    """Calls with the gradients, or, where their layout needs it, with copies in C order; returns what was used."""
+    try:
+        call(grads)
+    except _kilter.LayoutError:
+        grads = [_check.contiguous(xp, g) for g in grads]
+        call(grads)
+    return grads

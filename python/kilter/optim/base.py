@@ -1,0 +1,374 @@
+"""What all optimizers share: parameters and their groups, state, gradients, the step."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from kilter import _check, _kilter
+from kilter._backend import Backend, backend_of
+from kilter._check import fail
+from kilter.optim import arrays
+from kilter.optim.arrays import Bucket
+from kilter.optim.scaler import LossScaler
+
+__all__ = ["MOST", "Number", "Optimizer", "StepReport", "decay_groups"]
+
+Number = float | Callable[[int], float]
+
+MOST = sys.float_info.max  # options are finite
+
+
+class StepReport(NamedTuple):
+    """What a step did.
+
+    `calls` counts the calls of `step` so far, `applied` those that changed the parameters, `grad_norm` is the Euclidean
+    norm of all gradients before clipping (None unless it was asked for), `skipped` says that this step changed nothing.
+    """
+
+    calls: int
+    applied: int
+    grad_norm: float | None
+    skipped: bool
+
+
+class Rule(NamedTuple):
+    """The update rule of a group at a step: the kernel's name for it, its scalars, its flags."""
+
+    name: str
+    scalars: tuple[float, ...]
+    flags: int = 0
+
+
+class Optimizer:
+    """The base of all optimizers; see `SGD`, `Adam` and `AdamW`."""
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        maximize: bool,
+        clip_norm: float | None,
+        clip_value: float | None,
+        track_norm: bool,
+        skip_nonfinite: bool | None,
+        master_dtype: str | None,
+    ) -> None:
+        if master_dtype not in ("auto", None):
+            fail("master_dtype", "'auto' or None", repr(master_dtype))
+        for argument, limit in (("clip_norm", clip_norm), ("clip_value", clip_value)):
+            if limit is not None:
+                _check.number(argument, limit, 0.0, open_low=True)
+        self._defaults = defaults
+        self._check_options(defaults)
+        self.maximize = bool(maximize)
+        self.clip_norm = clip_norm
+        self.clip_value = clip_value
+        self.track_norm = bool(track_norm)
+        self.skip_nonfinite = skip_nonfinite
+        self._masters = master_dtype == "auto"
+        self.calls = 0
+        self.applied = 0
+        self.groups: list[dict[str, Any]] = []
+        self._structure: Any = None
+        self._frozen: set[str] = set()
+        self._buckets: list[Bucket] = []
+        groups, self._structure = arrays.groups_of(params)
+        for group in groups:
+            self._append(group)
+        self._backend: Backend = backend_of(*self._params().values())
+        self._rebuild()
+
+    # What a subclass says of itself.
+
+    def _slots(self, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """Returns the names of the state that a parameter of a group has."""
+        raise NotImplementedError
+
+    def _rule(self, options: Mapping[str, Any], clock: dict[str, float], slots: tuple[str, ...]) -> Rule:
+        """Returns the rule of the next step; `options` are resolved, `clock` has been advanced to that step."""
+        raise NotImplementedError
+
+    def _advance(self, options: Mapping[str, Any], clock: dict[str, float]) -> dict[str, float]:
+        """Returns the clock after one more applied step."""
+        return {"t": clock["t"] + 1}
+
+    def _start(self) -> dict[str, float]:
+        """Returns the clock of a parameter that has not been updated yet."""
+        return {"t": 0}
+
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        """Refuses options that do not fit."""
+        raise NotImplementedError
+
+    # Parameters.
+
+    def add_params(self, group: Any) -> None:
+        """Adds parameters: a list, a dict or a group dict with options; their state starts at zero.
+
+        Raises:
+            KilterError: a parameter does not fit or has a name that is taken; nothing has changed then.
+        """
+        found, _ = arrays.groups_of([group] if isinstance(group, dict) and "params" in group else group)
+        if self._structure != "groups":
+            named = all(isinstance(name, str) for name in found[0]["params"])
+            if named != (self._structure == "dict"):
+                fail("group", f"a {self._structure} of parameters, as at construction", type(group).__name__)
+        kept = list(self.groups)
+        try:
+            for one in found:
+                self._append(one)
+            self._rebuild()
+        except _check.KilterError:
+            self.groups = kept
+            raise
+
+    def freeze(self, name: str) -> None:
+        """Leaves a parameter out of the steps from now on; its state stays as it is.
+
+        Raises:
+            KilterError: there is no such parameter.
+        """
+        self._rebuild(frozen=self._frozen | {self._known(name)})
+
+    def thaw(self, name: str) -> None:
+        """Takes a frozen parameter back into the steps.
+
+        Raises:
+            KilterError: there is no such parameter.
+        """
+        self._rebuild(frozen=self._frozen - {self._known(name)})
+
+    def _known(self, name: Any) -> str:
+        if str(name) not in self._params():
+            fail("name", "the name of a parameter", repr(name))
+        return str(name)
+
+    def _params(self) -> dict[str, Any]:
+        return {name: p for group in self.groups for name, p in group["params"].items()}
+
+    def _append(self, group: dict[str, Any]) -> None:
+        unknown = set(group) - {"params"} - set(self._defaults)
+        if unknown:
+            fail("params", f"groups with the options {', '.join(sorted(self._defaults))}", ", ".join(sorted(unknown)))
+        options = {**self._defaults, **{key: value for key, value in group.items() if key != "params"}}
+        self._check_options(options)
+        taken = self._params()
+        first = len(taken)
+        named = {}
+        for key, p in group["params"].items():
+            name = str(first + key) if isinstance(key, int) else key
+            if name in taken:
+                fail("params", "every name once", f"{name!r} twice")
+            arrays.check_param(name, p)
+            named[name] = p
+        self.groups.append({"params": named, **options})
+
+    def _rebuild(self, frozen: set[str] | None = None, state: dict[str, dict[str, Any]] | None = None) -> None:
+        """Lays out state anew: one flat array per slot for the parameters that share options, dtype and clock."""
+        backend = backend_of(*self._params().values())
+        arrays.check_apart(self._params())
+        old = {name: part for bucket in self._buckets for name, part in bucket.parts()}
+        old.update(state or {})
+        frozen = self._frozen if frozen is None else frozen
+        buckets: dict[Any, Bucket] = {}
+        for index, group in enumerate(self.groups):
+            slots = self._slots(group)
+            for name, p in group["params"].items():
+                kept = old.get(name)
+                clock = self._start() if kept is None else kept["clock"]
+                key = (index, p.dtype.num, name in frozen, tuple(clock.items()))
+                if key not in buckets:
+                    masters = self._masters and p.dtype.itemsize == 2
+                    buckets[key] = Bucket(backend.xp, index, slots, masters, clock, name in frozen)
+                buckets[key].names.append(name)
+                buckets[key].params.append(p)
+        for bucket in buckets.values():
+            bucket.fill(old)
+        self._frozen, self._buckets = frozen, list(buckets.values())
+
+    # The step.
+
+    def step(self, grads: Any, *, scaler: LossScaler | None = None) -> StepReport:
+        """Updates every parameter that is not frozen.
+
+        Args:
+            grads: gradients in the structure of the parameters; those of groups also as one dict by name. Each has its
+                parameter's shape and dtype; float32 is also taken for 16-bit parameters. Not written to.
+            scaler: gradients are divided by its scale, the step is skipped if any is not finite, and it is advanced.
+
+        Returns:
+            StepReport(calls, applied, grad_norm, skipped).
+
+        Raises:
+            KilterError: a gradient is missing, does not fit or shares memory with a parameter, or a schedule returned
+                something unusable; nothing has changed then.
+
+        Notes:
+            Clipping by norm scales all gradients by min(1, clip_norm / (norm + 1e-6)); clipping by value limits each
+            element afterwards. Both, and the check for non-finite values, see the gradients after division by the scale.
+        """
+        if scaler is not None and not isinstance(scaler, LossScaler):
+            fail("scaler", "a LossScaler", type(scaler).__name__)
+        active = [bucket for bucket in self._buckets if not bucket.frozen]
+        given = arrays.match(grads, self._structure, self.groups, active, self._frozen)
+        rules = [self._resolve(bucket) for bucket in active]
+        scale = 1.0 if scaler is None else 1.0 / scaler.scale
+        skip = scaler is not None if self.skip_nonfinite is None else self.skip_nonfinite
+        norm: float | None = None
+        work = list(zip(active, given, rules, strict=True))
+        if skip or scaler is not None or self.track_norm or self.clip_norm is not None:
+            given, squares, finite = self._scan(work)
+            work = list(zip(active, given, rules, strict=True))
+            norm = math.sqrt(squares) * abs(scale)
+            if skip and not finite:
+                self._launch(work, 1.0, check_only=True)
+                self.calls += 1
+                if scaler is not None:
+                    scaler.update(False)
+                return StepReport(self.calls, self.applied, self._reported(norm), True)
+            if self.clip_norm is not None:
+                scale *= min(1.0, self.clip_norm / (norm + 1e-6))
+        if len(work) > 1:
+            self._launch(work, scale, check_only=True)
+        self._launch(work, scale)
+        self.calls += 1
+        self.applied += 1
+        for bucket, _, (_, clock) in work:
+            bucket.clock = clock
+        if scaler is not None:
+            scaler.update(True)
+        return StepReport(self.calls, self.applied, self._reported(norm), False)
+
+    def _reported(self, norm: float | None) -> float | None:
+        return norm if self.track_norm or self.clip_norm is not None else None
+
+    def _resolve(self, bucket: Bucket) -> tuple[Rule, dict[str, float]]:
+        options = {key: self._value(value) for key, value in self.groups[bucket.group].items() if key != "params"}
+        self._check_options(options)
+        clock = self._advance(options, bucket.clock)
+        return self._rule(options, clock, bucket.slots), clock
+
+    def _value(self, value: Any) -> Any:
+        """Returns what an option is at this call: schedules read the number of calls so far."""
+        if callable(value):
+            return value(self.calls)
+        if isinstance(value, (tuple, list)):
+            return tuple(self._value(one) for one in value)
+        return value
+
+    def _scan(self, work: list[Any]) -> tuple[list[Any], float, bool]:
+        """Returns the gradients, the sum of their squares, and whether all are finite."""
+        xp, ops = self._backend
+        found = xp.empty(2)
+        given, squares, finite = [], 0.0, True
+        for bucket, grads, _ in work:
+            given.append(arrays.retried(xp, grads, lambda g, names=bucket.names: ops.grad_scan(names, g, found)))
+            squares += float(found[0])
+            finite = finite and found[1] == 1.0
+        return given, squares, finite
+
+    def _launch(self, work: list[Any], scale: float, check_only: bool = False) -> None:
+        xp, ops = self._backend
+        limit = math.inf if self.clip_value is None else self.clip_value
+        scale = -scale if self.maximize else scale
+        for bucket, grads, (rule, _) in work:
+            h = xp.array((scale, limit, *rule.scalars), "float64")
+            flags = rule.flags | (_kilter.CHECK_ONLY if check_only else 0)
+            arrays.retried(
+                xp,
+                grads,
+                lambda g, b=bucket, r=rule, h=h, flags=flags: ops.step(
+                    r.name, b.names, b.params, g, b.state, b.masters, h, flags
+                ),
+            )
+
+    # State.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns a flat dict of copies: counts, numeric options of the groups, and each parameter's state.
+
+        Schedules are not part of it: give the same ones at construction.
+        """
+        state: dict[str, Any] = {"kind": type(self).__name__, "version": 1, "calls": self.calls, "applied": self.applied}
+        for index, group in enumerate(self.groups):
+            for key, value in group.items():
+                if key != "params":
+                    state.update(_numbers(f"groups.{index}.{key}", value))
+        for bucket in self._buckets:
+            for name, part in bucket.parts():
+                state.update({f"state.{name}.{slot}": array.copy() for slot, array in part["arrays"].items()})
+                state.update({f"state.{name}.{key}": value for key, value in part["clock"].items()})
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state_dict` of the same kind of optimizer over parameters of the same names returned.
+
+        Raises:
+            KilterError: the kind, a name or a shape differs; nothing has changed then.
+        """
+        own = self.state_dict()
+        if not isinstance(state, Mapping):
+            fail("state", "a dict", type(state).__name__)
+        if state.get("kind") != own["kind"] or state.get("version") != own["version"]:
+            wanted = f"that of {own['kind']}, version {own['version']}"
+            fail("state", wanted, f"that of {state.get('kind')}, version {state.get('version')}")
+        missing, extra = set(own) - set(state), set(state) - set(own)
+        # An option may be a number here and a schedule there.
+        missing = {key for key in missing if not key.startswith("groups.")}
+        extra = {key for key in extra if not key.startswith("groups.")}
+        if missing or extra:
+            fail("state", "the entries of these parameters", arrays.differences(missing, extra))
+        loaded = {
+            name: bucket.loaded(name, part, state) for bucket in self._buckets for name, part in bucket.parts()
+        }
+        options = [_restored(group, f"groups.{index}", state) for index, group in enumerate(self.groups)]
+        counts = [int(_check.number(f"state[{key}]", state[key], 0.0)) for key in ("calls", "applied")]
+        for group, restored in zip(self.groups, options, strict=True):
+            self._check_options(restored)
+            group.update(restored)
+        self.calls, self.applied = counts
+        self._rebuild(state=loaded)
+
+
+def _numbers(key: str, value: Any) -> dict[str, Any]:
+    """Returns the numbers in an option under flat keys."""
+    if isinstance(value, (tuple, list)):
+        return {k: v for i, one in enumerate(value) for k, v in _numbers(f"{key}.{i}", one).items()}
+    return {key: value} if isinstance(value, (bool, int, float)) else {}
+
+
+def _restored(group: Mapping[str, Any], prefix: str, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a group's options with the numbers of `state` in place of its own; schedules stay."""
+
+    def value(key: str, own: Any) -> Any:
+        if isinstance(own, (tuple, list)):
+            return tuple(value(f"{key}.{i}", one) for i, one in enumerate(own))
+        return type(own)(state[key]) if isinstance(own, (bool, int, float)) and key in state else own
+
+    return {key: value(f"{prefix}.{key}", own) for key, own in group.items() if key != "params"}
+
+
+def decay_groups(params: Mapping[str, Any] | Iterable[Any], weight_decay: float) -> list[dict[str, Any]]:
+    """Splits parameters into those that decay and those that do not: biases and other parameters of one axis.
+
+    Args:
+        params: a dict name -> array.
+        weight_decay: the decay of matrices and of weights of more axes.
+
+    Returns:
+        Two groups for an optimizer. Their gradients may be given as one dict by name.
+
+    Raises:
+        KilterError: `params` is no dict, or the decay is no number of at least 0.
+    """
+    if not isinstance(params, Mapping):
+        fail("params", "a dict name -> array", type(params).__name__)
+    weight_decay = _check.number("weight_decay", weight_decay, 0.0)
+    return [
+        {"params": {n: p for n, p in params.items() if p.ndim > 1}, "weight_decay": weight_decay},
+        {"params": {n: p for n, p in params.items() if p.ndim <= 1}, "weight_decay": 0.0},
+    ]

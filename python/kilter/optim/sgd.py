@@ -1,0 +1,108 @@
+"""Stochastic gradient descent, with and without momentum."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kilter import _check, _kilter
+from kilter._check import fail
+from kilter.optim.base import MOST, Number, Optimizer, Rule
+
+__all__ = ["SGD"]
+
+
+class SGD(Optimizer):
+    """Gradient descent with momentum.
+
+    With g the gradient plus `weight_decay` times the parameter, and v the velocity, which is g at the first step:
+
+    v <- momentum v + (1 - dampening) g,  p <- p - lr v;
+
+    with `nesterov`, p <- p - lr (g + momentum v). With `lr_inside`, the classical rule, the learning rate is part of the
+    velocity: v <- momentum v + lr (1 - dampening) g, p <- p - v. The two differ once the learning rate changes.
+
+    Args:
+        params: a list, a dict name -> array, or a list of group dicts with "params" and options of their own. Float64,
+            float32, float16 or bfloat16 arrays, C-contiguous; they are updated in place.
+        lr: learning rate, a number or a function of the number of calls so far.
+        momentum: weight of the old velocity, a number or a function of the number of calls so far.
+        dampening: 1 minus the weight of the gradient in the velocity.
+        weight_decay: L2 penalty, added to the gradient; a number or a function of the number of calls so far.
+        nesterov: look ahead.
+        lr_inside: the learning rate is part of the velocity.
+        maximize: climb instead of descending.
+        clip_norm: all gradients together are scaled to at most this Euclidean norm.
+        clip_value: each element of a gradient is limited to ± this.
+        track_norm: report the norm of the gradients.
+        skip_nonfinite: skip a step with a non-finite gradient; None means only with a scaler.
+        master_dtype: "auto" keeps a float32 copy of 16-bit parameters, which is updated and rounded into them; None
+            updates the 16-bit values themselves.
+
+    Raises:
+        KilterError: an argument does not fit; the message names the parameter.
+
+    Notes:
+        Moves 12 bytes per float32 parameter, 20 with momentum.
+
+    References:
+        Polyak 1964, "Some methods of speeding up the convergence of iteration methods"; Sutskever, Martens, Dahl,
+        Hinton 2013, "On the importance of initialization and momentum in deep learning".
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: Number = 1e-3,
+        *,
+        momentum: Number = 0.0,
+        dampening: float = 0.0,
+        weight_decay: Number = 0.0,
+        nesterov: bool = False,
+        lr_inside: bool = False,
+        maximize: bool = False,
+        clip_norm: float | None = None,
+        clip_value: float | None = None,
+        track_norm: bool = False,
+        skip_nonfinite: bool | None = None,
+        master_dtype: str | None = "auto",
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "dampening": dampening,
+                "weight_decay": weight_decay,
+                "nesterov": nesterov,
+                "lr_inside": lr_inside,
+            },
+            maximize=maximize,
+            clip_norm=clip_norm,
+            clip_value=clip_value,
+            track_norm=track_norm,
+            skip_nonfinite=skip_nonfinite,
+            master_dtype=master_dtype,
+        )
+
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        for key, high in (("lr", MOST), ("momentum", 1.0), ("dampening", 1.0), ("weight_decay", MOST)):
+            if not callable(options[key]):
+                _check.number(key, options[key], 0.0, high)
+        if options["nesterov"] and (options["momentum"] == 0.0 or options["dampening"] != 0.0):
+            fail("nesterov", "a momentum and no dampening", f"{options['momentum']:g} and {options['dampening']:g}")
+
+    def _slots(self, options: Mapping[str, Any]) -> tuple[str, ...]:
+        return () if options["momentum"] == 0.0 else ("velocity",)
+
+    def _rule(self, options: Mapping[str, Any], clock: dict[str, float], slots: tuple[str, ...]) -> Rule:
+        lr, decay, momentum = options["lr"], options["weight_decay"], options["momentum"]
+        if "velocity" in slots:
+            rate = 1.0 if clock["t"] == 1 else 1.0 - options["dampening"]
+            flags = (_kilter.NESTEROV if options["nesterov"] else 0) | (
+                _kilter.LR_INSIDE if options["lr_inside"] else 0
+            )
+            return Rule("momentum", (lr, decay, momentum, rate), flags)
+        if momentum != 0.0:
+            fail("momentum", "0, as at construction", momentum)
+        return Rule("sgd", (lr, decay))

@@ -1,0 +1,116 @@
+"""The picture of a run: loss, accuracy and learning rate over the epochs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import IO, Any
+
+from kilter.train._extra import extra
+from kilter.train.loop import Row
+
+_TRAIN, _TEST, _INK, _GRID = "#3b6fb6", "#d1495b", "#333333", "#e3e3e3"
+
+
+def draw(file: IO[bytes], history: Sequence[Row], lr: tuple[Any, Any], *, title: str = "") -> None:
+    """Write a PNG with three panels.
+
+    Parameters
+    ----------
+    file
+        Open for binary writing.
+    history
+        Rows of `fit`; may be empty.
+    lr
+        Epochs and the learning rates there.
+    title
+        Above the panels.
+    """
+    extra("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.8), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    loss, accuracy, rate = figure.subplots(1, 3)
+    if title:
+        plain = title.encode("ascii", "backslashreplace").decode()  # what every font has
+        figure.suptitle(plain, fontsize=12, color=_INK, parse_math=False)
+    epochs = len(history)
+    _pair(loss, history, "loss", 1, "{:.3f}")
+    _pair(accuracy, history, "accuracy", 100, "{:.1f} %")
+    rate.plot(*lr, color=_INK, linewidth=1.8, marker="o" if len(lr[0]) == 1 else None, markersize=4)
+    for axes, name in ((loss, "loss"), (accuracy, "accuracy, %"), (rate, "learning rate")):
+        _style(axes, name, epochs)
+    figure.savefig(file, format="png")
+
+
+def _pair(axes: Any, rows: Sequence[Row], key: str, unit: float, label: str) -> None:
+    """Train and test curve, each named at its end."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    ends: list[tuple[float, str, float, str]] = []
+    settled: list[float] = []
+    for column, name, color in ((key, "train", _TRAIN), (f"valid_{key}", "test", _TEST)):
+        points = [(row["epoch"] or 0, unit * value) for row in rows if (value := row[column]) is not None]
+        if points:
+            x, y = zip(*points, strict=True)
+            axes.plot(x, y, color=color, linewidth=1.8, marker="o" if len(x) < 30 else None, markersize=3)
+            ends.append((y[-1], f"{name} {label.format(y[-1])}", x[-1], color))
+            settled.extend(y[1:] if len(y) > 9 else y)
+    if not ends:
+        return
+    if key == "loss" and min(settled) > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+    if key == "accuracy" and max(settled) > min(settled):
+        room = 0.08 * (max(settled) - min(settled))  # the first epoch may lie far below: cut it off
+        axes.set_ylim(min(settled) - room, max(settled) + room)
+    for (_, text, x_end, color), height in zip(
+        sorted(ends), _apart(axes, sorted(end[0] for end in ends)), strict=True
+    ):
+        axes.annotate(
+            text,
+            (x_end, height),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            color=color,
+            fontsize=9,
+            annotation_clip=False,
+        )
+
+
+def _apart(axes: Any, ends: Sequence[float]) -> list[float]:
+    """Heights of the labels, rising: those of the curves, moved apart where they would overlap."""
+    scale = axes.yaxis.get_transform()  # labels are moved on the screen, not in the units of the data
+    low, high = scale.transform(axes.get_ylim())
+    heights = [float(scale.transform(end)) for end in ends]
+    if len(heights) == 2:
+        gap = max(heights[1] - heights[0], 0.075 * (high - low))
+        middle = sum(heights) / 2
+        heights = [middle - gap / 2, middle + gap / 2]
+    return [float(scale.inverted().transform(height)) for height in heights]
+
+
+def _style(axes: Any, name: str, epochs: int) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_title(name, loc="left", fontsize=10, color=_INK)
+    axes.set_xlabel("epoch", fontsize=9, color=_INK)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    axes.grid(color=_GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=_INK, labelsize=8, length=0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(_GRID)
+    if epochs:
+        first = 0 if name == "learning rate" else min(1, epochs - 1)
+        axes.set_xlim(first - 0.02 * (epochs - first), epochs + 0.02 * (epochs - first))
+    else:
+        axes.set(xlim=(0, 1), ylim=(0, 1), xticks=[], yticks=[])
+        axes.text(0.5, 0.5, "no whole epoch", ha="center", va="center", color=_INK, fontsize=9)
+    if epochs and name == "learning rate":
+        axes.set_ylim(bottom=0)

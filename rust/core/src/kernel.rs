@@ -1,0 +1,123 @@
+//! Work that can be halved, and how it is spread over threads. The only place that knows rayon.
+
+use crate::error::Error;
+use crate::simd;
+use rayon::ThreadPool;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Work on borrowed slices: it knows its bytes, can halve itself, can run, and can merge two results.
+///
+/// Where it halves is a function of the shape alone; with the constants of [`launch`] that fixes the tree along which
+/// results merge, for any number of threads.
+pub trait Kernel: Sized + Send {
+    /// What a run hands back: nothing, or partial results.
+    type Out: Send;
+
+    /// Whether 512-bit registers were measured to be faster than 256-bit ones in this kernel.
+    const AVX512: bool = false;
+
+    /// Bytes read and written.
+    fn bytes(&self) -> usize;
+
+    /// Two parts, or the whole where it cannot be split.
+    fn halve(self) -> Result<(Self, Self), Self>;
+
+    /// Does the work. `#[inline(always)]` on every implementation: the body must melt into the door that has the CPU
+    /// features.
+    fn run(self) -> Self::Out;
+
+    /// The result of both parts.
+    fn merge(left: Self::Out, right: Self::Out) -> Self::Out;
+}
+
+/// Work of at most this many bytes is not split.
+const GRAIN: usize = 1 << 20;
+
+/// No more than about this many parts, so that partial results stay small.
+const PARTS: usize = 32;
+
+/// Below this many bytes one thread is faster than waking a second.
+const PARALLEL_BYTES: usize = 2 << 20;
+
+/// Runs a kernel on as many threads as it is worth, and merges the parts along a tree that depends on the shape only.
+pub fn launch<K: Kernel>(kernel: K) -> K::Out {
+    let bytes = kernel.bytes();
+    let grain = GRAIN.max(bytes / PARTS);
+    if bytes <= grain {
+        return simd::run(kernel);
+    }
+    if bytes < PARALLEL_BYTES || threads() == 1 {
+        return tree(kernel, grain, &|left, right| (left(), right()));
+    }
+    pool().install(|| tree(kernel, grain, &|left, right| rayon::join(left, right)))
+}
+
+type Both<'a, T> = &'a (dyn Fn(Part<'_, T>, Part<'_, T>) -> (T, T) + Sync);
+type Part<'a, T> = Box<dyn FnOnce() -> T + Send + 'a>;
+
+fn tree<K: Kernel>(kernel: K, grain: usize, both: Both<'_, K::Out>) -> K::Out {
+    if kernel.bytes() <= grain {
+        return simd::run(kernel);
+    }
+    match kernel.halve() {
+        Err(whole) => simd::run(whole),
+        Ok((left, right)) => {
+            let (left, right) =
+                both(Box::new(move || tree(left, grain, both)), Box::new(move || tree(right, grain, both)));
+            K::merge(left, right)
+        }
+    }
+}
+
+/// Threads that kernels may use: `KILTER_NUM_THREADS`, or the cores of this process's affinity mask.
+pub fn threads() -> usize {
+    static THREADS: OnceLock<usize> = OnceLock::new();
+    *THREADS.get_or_init(|| configured_threads().unwrap_or(1))
+}
+
+/// Reads `KILTER_NUM_THREADS`.
+pub fn configured_threads() -> Result<usize, Error> {
+    let Ok(text) = std::env::var("KILTER_NUM_THREADS") else {
+        return Ok(std::thread::available_parallelism().map_or(1, usize::from));
+    };
+    match text.trim().parse() {
+        Ok(n) if (1..=1024).contains(&n) => Ok(n),
+        _ => Err(Error::new("KILTER_NUM_THREADS", "a whole number from 1 to 1024", format_args!("{text:?}"))),
+    }
+}
+
+/// A pool, and the one that replaces it in a forked child: threads do not survive a fork, so the child leaks the
+/// pool it inherited and starts its own at the first launch.
+struct Generation {
+    pool: OnceLock<ThreadPool>,
+    next: OnceLock<Box<Generation>>,
+}
+
+impl Generation {
+    const fn new() -> Self {
+        Self { pool: OnceLock::new(), next: OnceLock::new() }
+    }
+}
+
+static FIRST: Generation = Generation::new();
+static FORKS: AtomicUsize = AtomicUsize::new(0);
+
+/// To be called in a child process right after a fork.
+pub fn after_fork() {
+    FORKS.fetch_add(1, Ordering::Relaxed);
+}
+
+fn pool() -> &'static ThreadPool {
+    let mut generation = &FIRST;
+    for _ in 0..FORKS.load(Ordering::Relaxed) {
+        generation = generation.next.get_or_init(|| Box::new(Generation::new()));
+    }
+    generation.pool.get_or_init(|| {
+        rayon::ThreadPoolBuilder::new()
+            .num_threads(threads())
+            .thread_name(|i| format!("kilter-{i}"))
+            .build()
+            .expect("the operating system refuses threads; KILTER_NUM_THREADS=1 needs none")
+    })
+}

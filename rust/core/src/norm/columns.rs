@@ -1,0 +1,337 @@
+//! Channels last, and plain matrices: each channel is a column of a matrix of rows.
+//!
+//! Rows are read in the order in which they lie. A block is as many rows as fit in a part of the L2 cache; its columns
+//! are summed side by side, eight rows at a time. Where there are few columns, several rows are seen as one longer row,
+//! and the sums of the columns that belong to one channel are merged at the end.
+
+use super::{Affine, Data, Shape, centred, floor, floored};
+use crate::kernel::{Kernel, launch};
+use crate::lanes::{LANES, map, streams};
+use crate::moments::{Channels, about, conclude, inverse};
+use crate::real::Real;
+use crate::simd;
+use crate::storage::Storage;
+use std::array::from_fn;
+use std::borrow::Cow;
+
+/// Elements of a block: in float32, 128 KiB that the second look finds in the L2 cache.
+const BLOCK: usize = 32_768;
+
+/// No more rows than this are added in the arithmetic type before float64 takes over; see [`crate::lanes::Sum`].
+const CHAIN: usize = 32;
+
+/// Rows that are added to the sums of 16 columns while these stay in registers.
+const ROWS: usize = 8;
+
+pub(super) fn block_rows(width: usize) -> usize {
+    (BLOCK / width.max(1)).clamp(ROWS, 8 * CHAIN) / ROWS * ROWS
+}
+
+/// How many rows to see as one, so that it has whole groups of lanes and at least `wanted` elements.
+pub(super) fn fold(channels: usize, wanted: usize) -> usize {
+    if channels == 0 || channels >= wanted {
+        return 1;
+    }
+    let lcm = (1..=LANES).find(|k| channels * k % LANES == 0).unwrap_or(1);
+    lcm * wanted.div_ceil(channels * lcm)
+}
+
+/// `v` as often as a row holds it.
+pub(super) fn repeat<R: Real>(v: &[R], times: usize) -> Cow<'_, [R]> {
+    if times == 1 { Cow::Borrowed(v) } else { Cow::Owned(v.repeat(times)) }
+}
+
+pub(super) fn scale<R: Real>(affine: &Affine<'_, R>) -> Vec<R> {
+    affine.gamma.iter().zip(affine.rstd).map(|(gamma, rstd)| *gamma * *rstd).collect()
+}
+
+/// Cuts rows of `width` in two at a multiple of `step` rows: the number of elements on the left.
+pub(super) fn cut(len: usize, width: usize, step: usize) -> Option<usize> {
+    let rows = (len / width.max(1)).div_ceil(step) / 2 * step;
+    if rows == 0 { None } else { Some(rows * width) }
+}
+
+/// `M` sums of every column.
+pub(super) struct ColumnSums<R, const M: usize> {
+    narrow: [Vec<R>; M],
+    /// The sums.
+    pub(super) wide: [Vec<f64>; M],
+}
+
+impl<R: Real, const M: usize> ColumnSums<R, M> {
+    pub(super) fn new(width: usize) -> Self {
+        Self { narrow: from_fn(|_| vec![R::ZERO; width]), wide: from_fn(|_| vec![0.0; width]) }
+    }
+
+    pub(super) fn clear(&mut self) {
+        for m in 0..M {
+            self.wide[m].fill(0.0);
+        }
+    }
+
+    /// Adds `f(x[..][r][c], v[..][c], w[r])` for each row r in order. w is 1 without weights.
+    #[inline(always)]
+    pub(super) fn add<S: Storage<Real = R>, const N: usize, const K: usize>(
+        &mut self,
+        x: [&[S]; N],
+        v: [&[R]; K],
+        weights: Option<&[R]>,
+        f: impl Fn([R; N], [R; K], R) -> [R; M],
+    ) {
+        let width = self.wide[0].len();
+        let mut row = 0;
+        while row * width < x[0].len() {
+            let rows = CHAIN.min(x[0].len() / width - row);
+            let part = x.map(|x| &x[row * width..(row + rows) * width]);
+            for m in 0..M {
+                self.narrow[m].fill(R::ZERO);
+            }
+            add_rows(part, v, weights.map(|w| &w[row..row + rows]), self.narrow.each_mut().map(|n| &mut n[..]), &f);
+            for m in 0..M {
+                let (wide, narrow) = (&mut self.wide[m][..width], &self.narrow[m][..width]);
+                for c in 0..width {
+                    wide[c] += narrow[c].to_f64();
+                }
+            }
+            row += rows;
+        }
+    }
+}
+
+/// Adds `f(x[..][r][c], v[..][c], w[r])` to `sums[..][c]`, for each row r in order. w is 1 without weights.
+#[inline(always)]
+fn add_rows<S: Storage, const N: usize, const K: usize, const M: usize>(
+    x: [&[S]; N],
+    v: [&[S::Real]; K],
+    weights: Option<&[S::Real]>,
+    mut sums: [&mut [S::Real]; M],
+    f: &impl Fn([S::Real; N], [S::Real; K], S::Real) -> [S::Real; M],
+) {
+    let width = sums[0].len();
+    let rows = x[0].len() / width;
+    let mut r = 0;
+    while r < rows {
+        let n = if r + ROWS <= rows { ROWS } else { 1 };
+        let w: [S::Real; ROWS] = from_fn(|k| match weights {
+            Some(weights) if k < n => weights[r + k],
+            _ => S::Real::ONE,
+        });
+        let part: [&[S]; N] = from_fn(|k| &x[k][r * width..(r + n) * width]);
+        let mut c = 0;
+        while c + LANES <= width {
+            if n == ROWS {
+                add_group::<S, N, K, M, LANES, ROWS>(&part, &v, &w, &mut sums, width, c, f);
+            } else {
+                add_group::<S, N, K, M, LANES, 1>(&part, &v, &w, &mut sums, width, c, f);
+            }
+            c += LANES;
+        }
+        while c < width {
+            if n == ROWS {
+                add_group::<S, N, K, M, 1, ROWS>(&part, &v, &w, &mut sums, width, c, f);
+            } else {
+                add_group::<S, N, K, M, 1, 1>(&part, &v, &w, &mut sums, width, c, f);
+            }
+            c += 1;
+        }
+        r += n;
+    }
+}
+
+#[inline(always)]
+fn add_group<S: Storage, const N: usize, const K: usize, const M: usize, const L: usize, const B: usize>(
+    x: &[&[S]; N],
+    v: &[&[S::Real]; K],
+    w: &[S::Real; ROWS],
+    sums: &mut [&mut [S::Real]; M],
+    width: usize,
+    c: usize,
+    f: &impl Fn([S::Real; N], [S::Real; K], S::Real) -> [S::Real; M],
+) {
+    let v: [[S::Real; L]; K] = from_fn(|k| S::Real::load(&v[k][c..c + L]));
+    let mut lanes: [[S::Real; L]; M] = from_fn(|m| S::Real::load(&sums[m][c..c + L]));
+    for b in 0..B {
+        let x: [[S::Real; L]; N] = from_fn(|k| S::load(&x[k][b * width + c..b * width + c + L]));
+        for l in 0..L {
+            let values = f(from_fn(|k| x[k][l]), from_fn(|k| v[k][l]), w[b]);
+            for m in 0..M {
+                lanes[m][l] = lanes[m][l] + values[m];
+            }
+        }
+    }
+    for m in 0..M {
+        S::Real::store(lanes[m], &mut sums[m][c..c + L], false);
+    }
+}
+
+/// The moments of every column.
+struct Stats<'a, S: Storage> {
+    x: &'a [S],
+    weights: Option<&'a [S::Real]>,
+    width: usize,
+}
+
+/// See [`super::stats`].
+pub(super) fn stats<S: Storage>(data: Data<'_, S>) -> Channels {
+    let Data { x, weights, shape: Shape { outer, channels, .. } } = data;
+    let fold = if weights.is_some() { 1 } else { fold(channels, 64) };
+    let (x, rest) = x.split_at(outer / fold * fold * channels);
+    let folded = launch(Stats { x, weights, width: channels * fold });
+    if fold == 1 {
+        return folded;
+    }
+    let mut all = simd::run(Stats { x: rest, weights, width: channels });
+    for k in 0..fold {
+        let columns = k * channels..(k + 1) * channels;
+        all.absorb(folded.count, &folded.mean[columns.clone()], &folded.m2[columns]);
+    }
+    all
+}
+
+impl<S: Storage> Kernel for Stats<'_, S> {
+    type Out = Channels;
+
+    fn bytes(&self) -> usize {
+        size_of_val(self.x)
+    }
+
+    fn halve(self) -> Result<(Self, Self), Self> {
+        let Some(at) = cut(self.x.len(), self.width, block_rows(self.width)) else { return Err(self) };
+        let (left, right) = self.x.split_at(at);
+        let (w_left, w_right) = self.weights.map(|w| w.split_at(at / self.width)).unzip();
+        Ok((Self { x: left, weights: w_left, ..self }, Self { x: right, weights: w_right, ..self }))
+    }
+
+    #[inline(always)]
+    fn run(self) -> Channels {
+        let (width, zero) = (self.width, S::Real::ZERO);
+        let mut state = Channels::empty(0, width);
+        if width == 0 {
+            return state;
+        }
+        let (mut plain, mut mean) = (vec![0.0; width], vec![zero; width]);
+        let (mut block_mean, mut block_m2) = (vec![0.0; width], vec![0.0; width]);
+        let mut wavering = vec![false; width];
+        let (mut sum, mut about_mean) = (ColumnSums::<S::Real, 1>::new(width), ColumnSums::<S::Real, 2>::new(width));
+        let rows = block_rows(width);
+        for (b, x) in self.x.chunks(rows * width).enumerate() {
+            let weights = self.weights.map(|w| &w[b * rows..b * rows + x.len() / width]);
+            let count = match weights {
+                None => (x.len() / width) as f64,
+                Some(weights) => weights.iter().map(|w| w.to_f64()).sum(),
+            };
+            let inverse = inverse(count);
+            // First look: the mean of each column, rounded.
+            sum.clear();
+            match weights {
+                None => sum.add([x], [], None, |[x], [], _| [x]),
+                Some(_) => sum.add([x], [], weights, |[x], [], w| [if w == zero { zero } else { w * x }]),
+            }
+            for c in 0..width {
+                plain[c] = sum.wide[0][c] * inverse;
+                mean[c] = about::<S>(plain[c]);
+            }
+            // Second look: squares about that mean; a third with a better one where it is worth it.
+            for look in 0..2 {
+                about_mean.clear();
+                match weights {
+                    None => about_mean.add([x], [&mean], None, |[x], [mean], _| {
+                        let d = x - mean;
+                        [d, d * d]
+                    }),
+                    Some(_) => about_mean.add([x], [&mean], weights, |[x], [mean], w| {
+                        let d = if w == zero { zero } else { x - mean };
+                        [w * d, w * d * d]
+                    }),
+                }
+                let [first, second] = &about_mean.wide;
+                let mut again = false;
+                for c in 0..width {
+                    let about = mean[c].to_f64();
+                    let (moments, unsettled) = conclude(count, inverse, plain[c], about, first[c], second[c]);
+                    (block_mean[c], block_m2[c]) = (moments.mean, moments.m2);
+                    again |= unsettled;
+                    wavering[c] = unsettled;
+                }
+                if !again || look == 1 {
+                    break;
+                }
+                for c in 0..width {
+                    mean[c] = if wavering[c] { about::<S>(block_mean[c]) } else { mean[c] };
+                }
+            }
+            state.absorb(count, &block_mean, &block_m2);
+        }
+        state
+    }
+
+    fn merge(left: Channels, right: Channels) -> Channels {
+        left.merge(right)
+    }
+}
+
+/// The normalised rows; the vectors are as long as a row.
+struct Apply<'a, S: Storage> {
+    x: &'a [S],
+    residual: Option<&'a [S]>,
+    vectors: [&'a [S::Real]; 4],
+    floor: S::Real,
+    stream: bool,
+    y: &'a mut [S],
+}
+
+/// Elementwise work sees rows of at least this many elements.
+pub(super) const ROW: usize = 512;
+
+/// See [`super::apply`], which checks the lengths.
+pub(super) fn apply<S: Storage>(
+    x: &[S],
+    shape: Shape,
+    affine: Affine<'_, S::Real>,
+    residual: Option<&[S]>,
+    relu: bool,
+    y: &mut [S],
+) {
+    let times = fold(shape.channels, ROW.min(shape.len()));
+    let scale = scale(&affine);
+    let vectors = [affine.hi, affine.lo, &scale, affine.beta].map(|v| repeat(v, times));
+    let stream = streams(y, shape.channels * times);
+    launch(Apply { x, residual, vectors: from_fn(|k| &*vectors[k]), floor: floor(relu), stream, y });
+}
+
+impl<S: Storage> Kernel for Apply<'_, S> {
+    type Out = ();
+
+    fn bytes(&self) -> usize {
+        size_of_val(self.x) + size_of_val(self.y) + self.residual.map_or(0, size_of_val)
+    }
+
+    fn halve(self) -> Result<(Self, Self), Self> {
+        let Some(at) = cut(self.y.len(), self.vectors[0].len(), 1) else { return Err(self) };
+        let (x, y) = (self.x.split_at(at), self.y.split_at_mut(at));
+        let residual = self.residual.map(|r| r.split_at(at));
+        let left = Self { x: x.0, y: y.0, residual: residual.map(|r| r.0), ..self };
+        Ok((left, Self { x: x.1, y: y.1, residual: residual.map(|r| r.1), ..self }))
+    }
+
+    #[inline(always)]
+    fn run(self) {
+        let Self { vectors, floor, stream, .. } = self;
+        let width = vectors[0].len().max(1);
+        // Last row first: the end of the array was read last and may still be in cache.
+        for (r, y) in self.y.chunks_mut(width).enumerate().rev() {
+            let at = r * width..r * width + y.len();
+            let x = &self.x[at.clone()];
+            match self.residual {
+                None => map([x], vectors, [y], stream, |[x], [hi, lo, scale, beta]| {
+                    [floored(centred(x, hi, lo) * scale + beta, floor)]
+                }),
+                Some(r) => map([x, &r[at]], vectors, [y], stream, |[x, r], [hi, lo, scale, beta]| {
+                    [floored(centred(x, hi, lo) * scale + beta + r, floor)]
+                }),
+            }
+        }
+    }
+
+    fn merge(_: (), _: ()) {}
+}

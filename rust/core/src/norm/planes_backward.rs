@@ -1,0 +1,267 @@
+//! Channels first, backward.
+
+use super::region::{Region, Samples, TILE, cut, pieces, tile, tiles};
+use super::{Shape, Sums, Upstream, centred, gradient, masked, mean_dy, slope};
+use crate::kernel::{Kernel, launch};
+use crate::lanes::{Sum, map, streams};
+use crate::storage::Storage;
+use std::ops::Range;
+
+/// The gradients of beta and gamma of every channel.
+pub struct Reduce<'a, S: Storage> {
+    up: Upstream<'a, S>,
+    region: Region,
+}
+
+impl<'a, S: Storage> Reduce<'a, S> {
+    /// Over the whole array.
+    pub fn new(up: Upstream<'a, S>) -> Self {
+        Self { up, region: Region::all(up.data.shape, 2 * size_of::<S>()) }
+    }
+
+    /// Adds the sums of the channels `tile` to `state`, whose first channel is `tile.start`.
+    #[inline(always)]
+    fn tile(&self, tile: Range<usize>, state: &mut Sums) {
+        let Upstream { dy, data, affine, residual, relu } = self.up;
+        self.region.blocks(|planes, inner| {
+            let mut sums = [Sum::<S::Real, 2>::ZERO; TILE];
+            for n in planes {
+                for c in tile.clone() {
+                    let at = self.region.at(n, c, &inner);
+                    let (dy, x) = (&dy[at.clone()], &data.x[at.clone()]);
+                    let [hi, lo, rstd, gamma, beta] = affine.one(c);
+                    let scale = gamma * rstd;
+                    let sum = &mut sums[c - tile.start];
+                    match (relu, residual) {
+                        (false, _) => sum.add([dy, x], [], |[dy, x], []| [dy, dy * (centred(x, hi, lo) * rstd)]),
+                        (true, None) => sum.add([dy, x], [], |[dy, x], []| {
+                            let d = centred(x, hi, lo);
+                            let dz = masked(dy, d * scale + beta);
+                            [dz, dz * (d * rstd)]
+                        }),
+                        (true, Some(r)) => sum.add([dy, x, &r[at]], [], |[dy, x, r], []| {
+                            let d = centred(x, hi, lo);
+                            let dz = masked(dy, d * scale + beta + r);
+                            [dz, dz * (d * rstd)]
+                        }),
+                    }
+                }
+            }
+            for t in 0..tile.len() {
+                let [dy, dy_xhat] = sums[t].total();
+                state.dy[t] += dy;
+                state.dy_xhat[t] += dy_xhat;
+            }
+        });
+    }
+}
+
+impl<S: Storage> Kernel for Reduce<'_, S> {
+    type Out = Sums;
+
+    fn bytes(&self) -> usize {
+        self.region.len() * size_of::<S>() * if self.up.residual.is_some() { 3 } else { 2 }
+    }
+
+    fn halve(self) -> Result<(Self, Self), Self> {
+        let up = self.up;
+        match self.region.halve() {
+            Ok((left, right)) => Ok((Self { up, region: left }, Self { up, region: right })),
+            Err(region) => Err(Self { up, region }),
+        }
+    }
+
+    #[inline(always)]
+    fn run(self) -> Sums {
+        let channels = self.region.channels.clone();
+        let mut all = Sums::zero(channels.start, 0);
+        tiles(&channels, tile(self.up.data.shape, size_of::<S>()), |tile| {
+            let mut state = Sums::zero(tile.start, tile.len());
+            self.tile(tile, &mut state);
+            all.dy.extend(&state.dy);
+            all.dy_xhat.extend(&state.dy_xhat);
+        });
+        all
+    }
+
+    fn merge(left: Sums, right: Sums) -> Sums {
+        left.merge(right)
+    }
+}
+
+/// Writes `dx`, and dz into `dresidual`, for the run `at` of channel c, of which `weights` are the weights.
+#[inline(always)]
+fn write<S: Storage>(
+    up: &Upstream<'_, S>,
+    at: Range<usize>,
+    weights: Option<&[S::Real]>,
+    c: usize,
+    [mean_dy, slope]: [S::Real; 2],
+    dx: &mut [S],
+    dresidual: Option<&mut [S]>,
+    stream: bool,
+) {
+    let [hi, lo, rstd, gamma, beta] = up.affine.one(c);
+    let scale = gamma * rstd;
+    let (dy, x) = (&up.dy[at.clone()], &up.data.x[at.clone()]);
+    let plain = |dz, d| gradient(dz, d, scale, mean_dy, slope);
+    let weighted = |dz, d, w| gradient(dz, d, scale, mean_dy * w, slope * w);
+    let behind = |dy, d| masked(dy, d * scale + beta);
+    let behind_sum = |dy, d, r| masked(dy, d * scale + beta + r);
+    match (up.relu, up.residual.map(|r| &r[at]).zip(dresidual), weights) {
+        (false, _, None) => map([dy, x], [], [dx], stream, |[dy, x], []| [plain(dy, centred(x, hi, lo))]),
+        (false, _, Some(w)) => map([dy, x], [w], [dx], stream, |[dy, x], [w]| [weighted(dy, centred(x, hi, lo), w)]),
+        (true, None, None) => map([dy, x], [], [dx], stream, |[dy, x], []| {
+            let d = centred(x, hi, lo);
+            [plain(behind(dy, d), d)]
+        }),
+        (true, None, Some(w)) => map([dy, x], [w], [dx], stream, |[dy, x], [w]| {
+            let d = centred(x, hi, lo);
+            [weighted(behind(dy, d), d, w)]
+        }),
+        (true, Some((r, dr)), None) => map([dy, x, r], [], [dx, dr], stream, |[dy, x, r], []| {
+            let d = centred(x, hi, lo);
+            let dz = behind_sum(dy, d, r);
+            [plain(dz, d), dz]
+        }),
+        (true, Some((r, dr)), Some(w)) => map([dy, x, r], [w], [dx, dr], stream, |[dy, x, r], [w]| {
+            let d = centred(x, hi, lo);
+            let dz = behind_sum(dy, d, r);
+            [weighted(dz, d, w), dz]
+        }),
+    }
+}
+
+/// The gradient of x: elements `start..start + dx.len()`.
+struct Apply<'a, S: Storage> {
+    up: Upstream<'a, S>,
+    mean_dy: &'a [S::Real],
+    slope: &'a [S::Real],
+    start: usize,
+    stream: bool,
+    dx: &'a mut [S],
+    dresidual: Option<&'a mut [S]>,
+}
+
+/// See [`super::backward_apply`], which checks the lengths.
+pub(super) fn apply<S: Storage>(
+    up: Upstream<'_, S>,
+    mean_dy: &[S::Real],
+    slope: &[S::Real],
+    dx: &mut [S],
+    dresidual: Option<&mut [S]>,
+) {
+    let stream = streams(dx, up.data.shape.inner);
+    launch(Apply { up, mean_dy, slope, start: 0, stream, dx, dresidual });
+}
+
+impl<S: Storage> Kernel for Apply<'_, S> {
+    type Out = ();
+
+    fn bytes(&self) -> usize {
+        size_of_val(self.dx) * if self.dresidual.is_some() { 5 } else { 3 }
+    }
+
+    fn halve(self) -> Result<(Self, Self), Self> {
+        let Some(at) = cut(self.dx.len()) else { return Err(self) };
+        let Self { up, mean_dy, slope, start, stream, dx, dresidual } = self;
+        let dx = dx.split_at_mut(at);
+        let (left, right) = dresidual.map(|d| d.split_at_mut(at)).unzip();
+        Ok((
+            Self { up, mean_dy, slope, start, stream, dx: dx.0, dresidual: left },
+            Self { up, mean_dy, slope, start: start + at, stream, dx: dx.1, dresidual: right },
+        ))
+    }
+
+    #[inline(always)]
+    fn run(self) {
+        let Self { up, start, dx, mut dresidual, .. } = self;
+        let Shape { channels, inner, .. } = up.data.shape;
+        pieces(up.data.shape, start, dx.len(), |c, run| {
+            let at = start + run.start..start + run.end;
+            let weights = up.data.weights.map(|w| {
+                let place = at.start / (channels * inner) * inner + at.start % inner;
+                &w[place..place + run.len()]
+            });
+            let dresidual = dresidual.as_deref_mut().map(|d| &mut d[run.clone()]);
+            let means = [self.mean_dy[c], self.slope[c]];
+            write(&up, at, weights, c, means, &mut dx[run], dresidual, self.stream);
+        });
+    }
+
+    fn merge(_: (), _: ()) {}
+}
+
+/// Sums and gradient in one pass over memory: each tile of channels stays in cache in between.
+pub struct Backward<'a, S: Storage> {
+    reduce: Reduce<'a, S>,
+    count: f64,
+    stream: bool,
+    dx: Samples<'a, S>,
+    dresidual: Option<Samples<'a, S>>,
+}
+
+impl<'a, S: Storage> Backward<'a, S> {
+    /// See [`super::backward`], which checks the lengths.
+    pub(super) fn new(up: Upstream<'a, S>, count: f64, dx: &'a mut [S], dresidual: Option<&'a mut [S]>) -> Self {
+        let shape = up.data.shape;
+        let stream = streams(dx, shape.inner);
+        let dresidual = dresidual.map(|d| Samples::new(d, shape));
+        Self { reduce: Reduce::new(up), count, stream, dx: Samples::new(dx, shape), dresidual }
+    }
+}
+
+impl<S: Storage> Kernel for Backward<'_, S> {
+    type Out = Sums;
+
+    fn bytes(&self) -> usize {
+        self.reduce.region.len() * size_of::<S>() * if self.dresidual.is_some() { 5 } else { 3 }
+    }
+
+    fn halve(self) -> Result<(Self, Self), Self> {
+        let Self { reduce: Reduce { up, region }, count, stream, dx, dresidual } = self;
+        let Some((left, right)) = region.clone().halve_tiles(tile(up.data.shape, size_of::<S>())) else {
+            return Err(Self { reduce: Reduce { up, region }, count, stream, dx, dresidual });
+        };
+        let at = left.channels.len() * up.data.shape.inner;
+        let dx = dx.split(at);
+        let dresidual = dresidual.map(|d| d.split(at)).unzip();
+        Ok((
+            Self { reduce: Reduce { up, region: left }, count, stream, dx: dx.0, dresidual: dresidual.0 },
+            Self { reduce: Reduce { up, region: right }, count, stream, dx: dx.1, dresidual: dresidual.1 },
+        ))
+    }
+
+    #[inline(always)]
+    fn run(mut self) -> Sums {
+        let up = self.reduce.up;
+        let Shape { outer, inner, .. } = up.data.shape;
+        let channels = self.reduce.region.channels.clone();
+        let first = channels.start;
+        let mut all = Sums::zero(first, 0);
+        tiles(&channels, tile(up.data.shape, size_of::<S>()), |tile| {
+            let mut state = Sums::zero(tile.start, tile.len());
+            self.reduce.tile(tile.clone(), &mut state);
+            for n in 0..outer {
+                let weights = up.data.weights.map(|w| &w[n * inner..(n + 1) * inner]);
+                for c in tile.clone() {
+                    let at = self.reduce.region.at(n, c, &(0..inner));
+                    let run = (c - first) * inner..(c - first + 1) * inner;
+                    let t = c - tile.start;
+                    let slope = slope(state.dy_xhat[t], self.count, up.affine.rstd[c]);
+                    let means = [mean_dy(state.dy[t], self.count), slope];
+                    let dx = &mut self.dx.0[n][run.clone()];
+                    let dresidual = self.dresidual.as_mut().map(|d| &mut d.0[n][run]);
+                    write(&up, at, weights, c, means, dx, dresidual, self.stream);
+                }
+            }
+            all.dy.extend(&state.dy);
+            all.dy_xhat.extend(&state.dy_xhat);
+        });
+        all
+    }
+
+    fn merge(left: Sums, right: Sums) -> Sums {
+        left.merge(right)
+    }
+}

@@ -1,0 +1,108 @@
+//! The yardsticks: how fast this machine moves bytes when there is next to nothing to compute.
+
+use crate::error::{Error, length};
+use crate::kernel::Kernel;
+use crate::lanes::{LANES, map, streams};
+
+/// Copies, past the caches where an output of that size would be: the yardstick of everything that writes a new array.
+pub struct Copy<'a> {
+    from: &'a [f32],
+    to: &'a mut [f32],
+    stream: bool,
+}
+
+impl<'a> Copy<'a> {
+    /// Checks the lengths.
+    pub fn new(from: &'a [f32], to: &'a mut [f32]) -> Result<Self, Error> {
+        length("to", to, from.len())?;
+        let stream = streams(to, LANES);
+        Ok(Self { from, to, stream })
+    }
+}
+
+fn cut(len: usize) -> Option<usize> {
+    if len < 2 * LANES { None } else { Some(len / 2 / LANES * LANES) }
+}
+
+impl Kernel for Copy<'_> {
+    type Out = ();
+
+    fn bytes(&self) -> usize {
+        size_of_val(self.from) + size_of_val(self.to)
+    }
+
+    fn halve(self) -> Result<(Self, Self), Self> {
+        let Some(at) = cut(self.from.len()) else { return Err(self) };
+        let (from, to) = (self.from.split_at(at), self.to.split_at_mut(at));
+        let stream = self.stream;
+        Ok((Self { from: from.0, to: to.0, stream }, Self { from: from.1, to: to.1, stream }))
+    }
+
+    #[inline(always)]
+    fn run(self) {
+        map([self.from], [], [self.to], self.stream, |x, []| x);
+    }
+
+    fn merge(_: (), _: ()) {}
+}
+
+/// Reads `g` and some arrays and writes the arrays back, with one addition per element and array: the yardstick of an
+/// optimizer with as many arrays.
+pub struct Update<'a> {
+    g: &'a [f32],
+    arrays: Vec<&'a mut [f32]>,
+}
+
+impl<'a> Update<'a> {
+    /// One to four arrays as long as `g`.
+    pub fn new(g: &'a [f32], arrays: Vec<&'a mut [f32]>) -> Result<Self, Error> {
+        if !(1..=4).contains(&arrays.len()) {
+            return Err(Error::new("arrays", "1 to 4 arrays", arrays.len()));
+        }
+        for array in &arrays {
+            length("arrays", array, g.len())?;
+        }
+        Ok(Self { g, arrays })
+    }
+}
+
+#[inline(always)]
+fn update<const N: usize>(g: &[f32], arrays: Vec<&mut [f32]>) {
+    let mut arrays: [&mut [f32]; N] = arrays.try_into().expect("as many arrays as counted");
+    for i in 0..g.len() / LANES {
+        let at = i * LANES..(i + 1) * LANES;
+        for array in &mut arrays {
+            let (array, g) = (&mut array[at.clone()], &g[at.clone()]);
+            for l in 0..LANES {
+                array[l] += g[l];
+            }
+        }
+    }
+}
+
+impl Kernel for Update<'_> {
+    type Out = ();
+
+    fn bytes(&self) -> usize {
+        size_of_val(self.g) * (1 + 2 * self.arrays.len())
+    }
+
+    fn halve(self) -> Result<(Self, Self), Self> {
+        let Some(at) = cut(self.g.len()) else { return Err(self) };
+        let g = self.g.split_at(at);
+        let (left, right) = self.arrays.into_iter().map(|array| array.split_at_mut(at)).unzip();
+        Ok((Self { g: g.0, arrays: left }, Self { g: g.1, arrays: right }))
+    }
+
+    #[inline(always)]
+    fn run(self) {
+        match self.arrays.len() {
+            1 => update::<1>(self.g, self.arrays),
+            2 => update::<2>(self.g, self.arrays),
+            3 => update::<3>(self.g, self.arrays),
+            _ => update::<4>(self.g, self.arrays),
+        }
+    }
+
+    fn merge(_: (), _: ()) {}
+}

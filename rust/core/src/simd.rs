@@ -1,0 +1,146 @@
+//! The CPU level, the door through which a kernel gets wide registers, and stores that go past the caches.
+//!
+//! Kernels are plain loops over fixed lanes. Compiled once per CPU level behind [`run`], they become wide
+//! instructions; the lanes fix the order of additions, so every level gives the same bits.
+
+use crate::error::Error;
+use crate::kernel::Kernel;
+use std::sync::OnceLock;
+
+/// What the CPU offers, as far as kernels use it. Other architectures than x86-64 run `Baseline`: on AArch64 that
+/// includes NEON.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Level {
+    /// What every CPU of the architecture has: SSE2 on x86-64, NEON on AArch64.
+    Baseline,
+    /// 256-bit registers.
+    Avx2,
+    /// 512-bit registers, for the kernels in which they were measured to win.
+    Avx512,
+}
+
+impl Level {
+    /// All levels, lowest first.
+    pub const ALL: [Level; 3] = [Level::Baseline, Level::Avx2, Level::Avx512];
+
+    /// The name in `KILTER_SIMD`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Level::Baseline => "baseline",
+            Level::Avx2 => "avx2",
+            Level::Avx512 => "avx512",
+        }
+    }
+
+    fn detected() -> Level {
+        #[cfg(target_arch = "x86_64")]
+        {
+            let avx512 = is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512dq")
+                && is_x86_feature_detected!("avx512vl");
+            if is_x86_feature_detected!("avx2") {
+                return if avx512 { Level::Avx512 } else { Level::Avx2 };
+            }
+        }
+        Level::Baseline
+    }
+}
+
+static LEVEL: OnceLock<Level> = OnceLock::new();
+
+/// The level in use: what the CPU has, capped by `KILTER_SIMD`.
+pub fn level() -> Level {
+    *LEVEL.get_or_init(|| configured().unwrap_or_else(|_| Level::detected()))
+}
+
+/// Reads `KILTER_SIMD`; a level that the CPU lacks falls to the next lower one.
+pub fn configured() -> Result<Level, Error> {
+    let Ok(name) = std::env::var("KILTER_SIMD") else { return Ok(Level::detected()) };
+    match Level::ALL.into_iter().find(|level| level.name() == name) {
+        Some(cap) => Ok(cap.min(Level::detected())),
+        None => Err(Error::new("KILTER_SIMD", "baseline, avx2 or avx512", format_args!("{name:?}"))),
+    }
+}
+
+/// Runs a kernel on this thread with the registers of [`level`].
+pub fn run<K: Kernel>(kernel: K) -> K::Out {
+    run_at(level(), kernel)
+}
+
+/// Runs a kernel with the registers of `level`, or of the highest level below it that the CPU has.
+pub fn run_at<K: Kernel>(level: Level, kernel: K) -> K::Out {
+    #[cfg(target_arch = "x86_64")]
+    let out = match level.min(Level::detected()) {
+        // SAFETY: `detected` found every feature that the door enables.
+        Level::Avx512 if K::AVX512 => unsafe { avx512(kernel) },
+        // SAFETY: as above.
+        Level::Avx512 | Level::Avx2 => unsafe { avx2(kernel) },
+        Level::Baseline => baseline(kernel),
+    };
+    #[cfg(not(target_arch = "x86_64"))]
+    let out = baseline(kernel);
+    fence();
+    out
+}
+
+// The doors are not inlined, so that each kernel has a symbol of its own whose assembly can be checked.
+
+#[inline(never)]
+fn baseline<K: Kernel>(kernel: K) -> K::Out {
+    kernel.run()
+}
+
+#[cfg(target_arch = "x86_64")]
+#[inline(never)]
+#[target_feature(enable = "avx2,f16c")]
+fn avx2<K: Kernel>(kernel: K) -> K::Out {
+    kernel.run()
+}
+
+#[cfg(target_arch = "x86_64")]
+#[inline(never)]
+#[target_feature(enable = "avx2,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
+fn avx512<K: Kernel>(kernel: K) -> K::Out {
+    kernel.run()
+}
+
+/// Outputs of this many bytes and more go past the caches: they would not stay there anyway, and an ordinary store
+/// reads its line first.
+pub const STREAM_BYTES: usize = 16 << 20;
+
+/// Streaming stores need this alignment.
+pub const STREAM_ALIGN: usize = 16;
+
+/// Writes `line` to `to`, which starts at a multiple of [`STREAM_ALIGN`], past the caches. Falls back to ordinary
+/// stores where that does not hold. Visible to other threads after the door's fence.
+#[inline(always)]
+pub fn stream<T: Copy, const L: usize>(line: &[T; L], to: &mut [T]) {
+    let to: &mut [T; L] = to.try_into().expect("a streamed line has the length of its target");
+    #[cfg(target_arch = "x86_64")]
+    if size_of::<[T; L]>().is_multiple_of(16) && to.as_ptr().addr().is_multiple_of(STREAM_ALIGN) {
+        use std::arch::x86_64::{__m128, _mm_loadu_ps, _mm_stream_ps};
+        let from: *const f32 = line.as_ptr().cast();
+        let to: *mut f32 = to.as_mut_ptr().cast();
+        for i in 0..size_of::<[T; L]>() / 16 {
+            // SAFETY: both arrays have size_of::<[T; L]>() bytes, i * 16 + 16 of them at most are touched; T is Copy,
+            // its bytes move unchanged; `to` is aligned to 16 as the branch checked; SSE2 is part of x86-64.
+            unsafe {
+                let value: __m128 = _mm_loadu_ps(from.add(i * 4));
+                _mm_stream_ps(to.add(i * 4), value);
+            }
+        }
+        return;
+    }
+    *to = *line;
+}
+
+/// Orders the streaming stores of this thread before whatever it does next.
+#[inline(always)]
+fn fence() {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the instruction is part of x86-64 and touches no memory.
+    unsafe {
+        std::arch::x86_64::_mm_sfence();
+    }
+}

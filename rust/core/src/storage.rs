@@ -1,0 +1,136 @@
+//! What lies in memory, and how it becomes numbers that kernels compute with.
+
+use crate::real::Real;
+use crate::simd;
+use half::{bf16, f16};
+use std::array::from_fn;
+
+/// An element type of arrays: f64, f32, f16 or bf16.
+///
+/// 16-bit types are widened in registers and rounded to nearest even on the way back; the conversions are plain bit
+/// operations without branches, so that loops over them vectorise at every CPU level and give the same bits.
+pub trait Storage: Copy + Default + PartialEq + Send + Sync + 'static {
+    /// The arithmetic of kernels on this type.
+    type Real: Real;
+
+    /// The value, exactly.
+    fn widen(self) -> Self::Real;
+
+    /// The nearest value of this type, ties to even.
+    fn narrow(x: Self::Real) -> Self;
+
+    /// The first `L` values of `from`.
+    #[inline(always)]
+    fn load<const L: usize>(from: &[Self]) -> [Self::Real; L] {
+        let from: &[Self; L] = from[..L].try_into().expect("sliced to L");
+        from_fn(|l| from[l].widen())
+    }
+
+    /// Writes `values` to the start of `to`; past the caches when `stream` (then `to` is 16-byte aligned).
+    #[inline(always)]
+    fn store<const L: usize>(values: [Self::Real; L], to: &mut [Self], stream: bool) {
+        let line: [Self; L] = from_fn(|l| Self::narrow(values[l]));
+        if stream {
+            simd::stream(&line, &mut to[..L]);
+        } else {
+            to[..L].copy_from_slice(&line);
+        }
+    }
+}
+
+macro_rules! native {
+    ($t:ty) => {
+        impl Storage for $t {
+            type Real = $t;
+            #[inline(always)]
+            fn widen(self) -> $t {
+                self
+            }
+            #[inline(always)]
+            fn narrow(x: $t) -> Self {
+                x
+            }
+        }
+    };
+}
+
+native!(f32);
+native!(f64);
+
+impl Storage for bf16 {
+    type Real = f32;
+
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        f32::from_bits((self.to_bits() as u32) << 16)
+    }
+
+    #[inline(always)]
+    fn narrow(x: f32) -> Self {
+        let bits = x.to_bits();
+        let rounded = bits.wrapping_add(0x7FFF + ((bits >> 16) & 1)) >> 16;
+        let quiet_nan = (bits >> 16) | 0x40;
+        bf16::from_bits(if bits & 0x7FFF_FFFF > 0x7F80_0000 { quiet_nan } else { rounded } as u16)
+    }
+}
+
+impl Storage for f16 {
+    type Real = f32;
+
+    #[inline(always)]
+    fn widen(self) -> f32 {
+        let bits = self.to_bits() as u32;
+        let magnitude = (bits & 0x7FFF) << 13;
+        // Moves the exponent bias from 15 to 127; exact, subnormals included.
+        let finite = f32::from_bits(magnitude) * f32::from_bits((254 - 15) << 23);
+        let special = f32::from_bits(magnitude | 0x7F80_0000);
+        let value = if magnitude >= 0x0F80_0000 { special } else { finite };
+        f32::from_bits(value.to_bits() | (bits & 0x8000) << 16)
+    }
+
+    #[inline(always)]
+    fn narrow(x: f32) -> Self {
+        let bits = x.to_bits();
+        let magnitude = bits & 0x7FFF_FFFF;
+        // Below 2^-14 the sum with 0.5 rounds at the last bit of an f16 subnormal; its low bits are the result.
+        let subnormal = (f32::from_bits(magnitude) + 0.5).to_bits().wrapping_sub(0.5f32.to_bits());
+        let odd = (magnitude >> 13) & 1;
+        let normal = magnitude.wrapping_sub(112 << 23).wrapping_add(0xFFF + odd) >> 13;
+        let finite = if magnitude < 113 << 23 { subnormal } else { normal };
+        let special = if magnitude > 0x7F80_0000 { 0x7E00 } else { 0x7C00 };
+        // From 65520 on, halfway to the value after the largest, the nearest is infinity.
+        let value = if magnitude >= 0x477F_F000 { special } else { finite };
+        f16::from_bits((value | (bits >> 16) & 0x8000) as u16)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_16_bit_value_survives_the_round_trip() {
+        for bits in 0..=u16::MAX {
+            let (h, b) = (f16::from_bits(bits), bf16::from_bits(bits));
+            assert!(h.is_nan() && h.widen().is_nan() || h.widen() == h.to_f32(), "f16 {bits:#x}");
+            assert!(b.is_nan() && b.widen().is_nan() || b.widen() == b.to_f32(), "bf16 {bits:#x}");
+            assert!(h.is_nan() && f16::narrow(h.widen()).is_nan() || f16::narrow(h.widen()).to_bits() == bits);
+            assert!(b.is_nan() && bf16::narrow(b.widen()).is_nan() || bf16::narrow(b.widen()).to_bits() == bits);
+        }
+    }
+
+    #[test]
+    fn rounding_is_to_nearest_even_everywhere() {
+        // Every exponent, with mantissas around each rounding boundary of both types.
+        for top in 0..=0x1FFu32 {
+            for middle in 0..=0x7FFu32 {
+                for low in [0x000u32, 0x001, 0x7FF, 0x800, 0x801, 0xFFF] {
+                    let x = f32::from_bits(top << 23 | middle << 12 | low);
+                    let (h, b) = (f16::from_f32_const(x), bf16::from_f32_const(x));
+                    assert!(h.is_nan() && f16::narrow(x).is_nan() || f16::narrow(x) == h, "f16 {x:e}");
+                    assert!(b.is_nan() && bf16::narrow(x).is_nan() || bf16::narrow(x) == b, "bf16 {x:e}");
+                }
+            }
+        }
+    }
+}

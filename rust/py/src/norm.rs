@@ -1,0 +1,591 @@
+//! The batch norm ops.
+
+use crate::array::{Checked, Dtype, Element, Noted, Opening};
+use crate::gate::{self, error};
+use kilter_core::norm::{self, Affine, Data, Finish, Shape, Statistics, Sums, Upstream};
+use kilter_core::storage::Storage;
+use kilter_core::{Error, bf16, f16};
+use pyo3::prelude::*;
+
+type Array<'py> = Bound<'py, PyAny>;
+
+/// Adds the functions to the module.
+pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add_function(wrap_pyfunction!(bn_stats, m)?)?;
+    m.add_function(wrap_pyfunction!(bn_finish, m)?)?;
+    m.add_function(wrap_pyfunction!(bn_apply, m)?)?;
+    m.add_function(wrap_pyfunction!(bn_train, m)?)?;
+    m.add_function(wrap_pyfunction!(bn_backward_reduce, m)?)?;
+    m.add_function(wrap_pyfunction!(bn_backward_apply, m)?)?;
+    m.add_function(wrap_pyfunction!(bn_backward, m)?)
+}
+
+/// The array around its channel axis.
+fn around(x: &Noted<'_>, axis: usize) -> PyResult<Shape> {
+    let shape = x.shape();
+    let Some(&channels) = shape.get(axis) else {
+        return Err(error(Error::new("axis", format_args!("less than {}", shape.len()), axis)));
+    };
+    Ok(Shape { outer: shape[..axis].iter().product(), channels, inner: shape[axis + 1..].iter().product() })
+}
+
+/// Refuses an array of another shape than x's.
+fn alike(array: Option<&Noted<'_>>, x: &Noted<'_>) -> PyResult<()> {
+    match array {
+        Some(array) if array.shape() != x.shape() => {
+            let wanted = format!("shape {:?}", x.shape());
+            Err(error(Error::new(array.name(), wanted, format_args!("{:?}", array.shape()))))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn not_data(dtype: Dtype) -> PyErr {
+    error(Error::new("x", "dtype float64, float32, float16 or bfloat16", dtype.name()))
+}
+
+/// The scalars of `finish`: eps, momentum, unbiased.
+fn finish_rule(h: &[f64]) -> PyResult<Finish> {
+    match *h {
+        [eps, momentum, unbiased] => Ok(Finish { eps, momentum, unbiased: unbiased != 0.0 }),
+        _ => Err(error(Error::new("h", "eps, momentum, unbiased", format_args!("{} numbers", h.len())))),
+    }
+}
+
+fn one(count: &[f64]) -> PyResult<f64> {
+    match *count {
+        [count] => Ok(count),
+        _ => Err(error(Error::new("count", "one number", count.len()))),
+    }
+}
+
+#[pyfunction]
+fn bn_stats(
+    py: Python<'_>,
+    x: &Array<'_>,
+    axis: usize,
+    weights: Option<&Array<'_>>,
+    count: &Array<'_>,
+    mean: &Array<'_>,
+    m2: &Array<'_>,
+) -> PyResult<()> {
+    let mut o = Opening::default();
+    let (x, weights) = (o.read("x", x)?, o.maybe("weights", weights)?);
+    let out = [o.write("count", count)?, o.write("mean", mean)?, o.write("m2", m2)?];
+    let (shape, checked) = (around(&x, axis)?, o.check()?);
+    match x.dtype {
+        Dtype::F64 => stats::<f64>(py, &checked, &x, &weights, shape, out),
+        Dtype::F32 => stats::<f32>(py, &checked, &x, &weights, shape, out),
+        Dtype::F16 => stats::<f16>(py, &checked, &x, &weights, shape, out),
+        Dtype::Bf16 => stats::<bf16>(py, &checked, &x, &weights, shape, out),
+        Dtype::U32 => Err(not_data(x.dtype)),
+    }
+}
+
+fn stats<S: Storage + Element>(
+    py: Python<'_>,
+    checked: &Checked,
+    x: &Noted<'_>,
+    weights: &Option<Noted<'_>>,
+    shape: Shape,
+    [count, mean, m2]: [Noted<'_>; 3],
+) -> PyResult<()>
+where
+    S::Real: Element,
+{
+    let (x, weights) = (checked.read::<S>(x)?, checked.maybe(weights)?);
+    let (count, mean, m2) = (checked.write(&count)?, checked.write(&mean)?, checked.write(&m2)?);
+    gate::run(py, || copy_moments(norm::stats(Data::new(x, weights, shape)?), count, mean, m2))
+}
+
+fn copy_moments(
+    moments: kilter_core::moments::Channels,
+    count: &mut [f64],
+    mean: &mut [f64],
+    m2: &mut [f64],
+) -> Result<(), Error> {
+    fill(count, &[moments.count], "count")?;
+    fill(mean, &moments.mean, "mean")?;
+    fill(m2, &moments.m2, "m2")
+}
+
+fn fill(to: &mut [f64], from: &[f64], name: &str) -> Result<(), Error> {
+    kilter_core::error::length(name, to, from.len())?;
+    to.copy_from_slice(from);
+    Ok(())
+}
+
+#[pyfunction]
+fn bn_finish(
+    py: Python<'_>,
+    count: &Array<'_>,
+    mean: &Array<'_>,
+    m2: &Array<'_>,
+    h: &Array<'_>,
+    hi: &Array<'_>,
+    lo: &Array<'_>,
+    rstd: &Array<'_>,
+    running_mean: Option<&Array<'_>>,
+    running_var: Option<&Array<'_>>,
+) -> PyResult<()> {
+    let mut o = Opening::default();
+    let moments = [o.read("count", count)?, o.read("mean", mean)?, o.read("m2", m2)?, o.read("h", h)?];
+    let out = Out::note(&mut o, hi, lo, rstd, running_mean, running_var)?;
+    let checked = o.check()?;
+    match out.hi.dtype {
+        Dtype::F64 => finish::<f64>(py, &checked, moments, out),
+        Dtype::F32 => finish::<f32>(py, &checked, moments, out),
+        dtype => Err(error(Error::new("hi", "dtype float64 or float32", dtype.name()))),
+    }
+}
+
+fn finish<R: kilter_core::real::Real + Element>(
+    py: Python<'_>,
+    checked: &Checked,
+    [count, mean, m2, h]: [Noted<'_>; 4],
+    out: Out<'_>,
+) -> PyResult<()> {
+    let (count, rule) = (one(checked.read(&count)?)?, finish_rule(checked.read(&h)?)?);
+    let (mean, m2, out) = (checked.read(&mean)?, checked.read(&m2)?, out.open::<R>(checked)?);
+    gate::run(py, || norm::finish(count, mean, m2, rule, out))
+}
+
+/// The arrays that statistics go to.
+struct Out<'a> {
+    hi: Noted<'a>,
+    lo: Noted<'a>,
+    rstd: Noted<'a>,
+    running_mean: Option<Noted<'a>>,
+    running_var: Option<Noted<'a>>,
+}
+
+impl<'a> Out<'a> {
+    fn note(
+        o: &mut Opening<'a>,
+        hi: &'a Array<'_>,
+        lo: &'a Array<'_>,
+        rstd: &'a Array<'_>,
+        running_mean: Option<&'a Array<'_>>,
+        running_var: Option<&'a Array<'_>>,
+    ) -> PyResult<Self> {
+        Ok(Self {
+            hi: o.write("hi", hi)?,
+            lo: o.write("lo", lo)?,
+            rstd: o.write("rstd", rstd)?,
+            running_mean: o.maybe_write("running_mean", running_mean)?,
+            running_var: o.maybe_write("running_var", running_var)?,
+        })
+    }
+
+    fn open<R: kilter_core::real::Real + Element>(&self, checked: &Checked) -> PyResult<Statistics<'a, R>> {
+        let (mean, var) = (checked.maybe_write(&self.running_mean)?, checked.maybe_write(&self.running_var)?);
+        let (hi, lo, rstd) = (checked.write(&self.hi)?, checked.write(&self.lo)?, checked.write(&self.rstd)?);
+        Ok(Statistics { hi, lo, rstd, running: mean.zip(var) })
+    }
+}
+
+/// The arrays that say how channels are normalised.
+struct How<'a> {
+    hi: Noted<'a>,
+    lo: Noted<'a>,
+    rstd: Noted<'a>,
+    gamma: Option<Noted<'a>>,
+    beta: Option<Noted<'a>>,
+}
+
+impl<'a> How<'a> {
+    fn note(
+        o: &mut Opening<'a>,
+        [hi, lo, rstd]: [&'a Array<'_>; 3],
+        gamma: Option<&'a Array<'_>>,
+        beta: Option<&'a Array<'_>>,
+    ) -> PyResult<Self> {
+        Ok(Self {
+            hi: o.read("hi", hi)?,
+            lo: o.read("lo", lo)?,
+            rstd: o.read("rstd", rstd)?,
+            gamma: o.maybe("gamma", gamma)?,
+            beta: o.maybe("beta", beta)?,
+        })
+    }
+}
+
+/// What a missing gamma or beta is.
+struct Missing<R> {
+    ones: Vec<R>,
+    zeros: Vec<R>,
+}
+
+impl<R: kilter_core::real::Real> Missing<R> {
+    fn new(channels: usize) -> Self {
+        Self { ones: vec![R::ONE; channels], zeros: vec![R::ZERO; channels] }
+    }
+}
+
+fn affine<'a, R: kilter_core::real::Real + Element>(
+    checked: &Checked,
+    how: &How<'a>,
+    missing: &'a Missing<R>,
+) -> PyResult<Affine<'a, R>> {
+    let gamma = checked.maybe(&how.gamma)?.unwrap_or(&missing.ones);
+    let beta = checked.maybe(&how.beta)?.unwrap_or(&missing.zeros);
+    let (hi, lo, rstd) = (checked.read(&how.hi)?, checked.read(&how.lo)?, checked.read(&how.rstd)?);
+    Affine::new(missing.ones.len(), hi, lo, rstd, gamma, beta).map_err(error)
+}
+
+#[pyfunction]
+fn bn_apply(
+    py: Python<'_>,
+    x: &Array<'_>,
+    axis: usize,
+    hi: &Array<'_>,
+    lo: &Array<'_>,
+    rstd: &Array<'_>,
+    gamma: Option<&Array<'_>>,
+    beta: Option<&Array<'_>>,
+    residual: Option<&Array<'_>>,
+    relu: bool,
+    y: &Array<'_>,
+) -> PyResult<()> {
+    let mut o = Opening::default();
+    let (x, residual) = (o.read("x", x)?, o.maybe("residual", residual)?);
+    let (how, y) = (How::note(&mut o, [hi, lo, rstd], gamma, beta)?, o.write("out", y)?);
+    alike(residual.as_ref(), &x)?;
+    alike(Some(&y), &x)?;
+    let (shape, checked) = (around(&x, axis)?, o.check()?);
+    match x.dtype {
+        Dtype::F64 => apply::<f64>(py, &checked, &x, shape, &how, &residual, relu, &y),
+        Dtype::F32 => apply::<f32>(py, &checked, &x, shape, &how, &residual, relu, &y),
+        Dtype::F16 => apply::<f16>(py, &checked, &x, shape, &how, &residual, relu, &y),
+        Dtype::Bf16 => apply::<bf16>(py, &checked, &x, shape, &how, &residual, relu, &y),
+        Dtype::U32 => Err(not_data(x.dtype)),
+    }
+}
+
+fn apply<S: Storage + Element>(
+    py: Python<'_>,
+    checked: &Checked,
+    x: &Noted<'_>,
+    shape: Shape,
+    how: &How<'_>,
+    residual: &Option<Noted<'_>>,
+    relu: bool,
+    y: &Noted<'_>,
+) -> PyResult<()>
+where
+    S::Real: Element,
+{
+    let missing = Missing::new(shape.channels);
+    let (affine, residual) = (affine(checked, how, &missing)?, checked.maybe(residual)?);
+    let (x, y) = (checked.read::<S>(x)?, checked.write(y)?);
+    gate::run(py, || norm::apply(x, shape, affine, residual, relu, y))
+}
+
+#[pyfunction]
+fn bn_train(
+    py: Python<'_>,
+    x: &Array<'_>,
+    axis: usize,
+    weights: Option<&Array<'_>>,
+    h: &Array<'_>,
+    gamma: Option<&Array<'_>>,
+    beta: Option<&Array<'_>>,
+    residual: Option<&Array<'_>>,
+    relu: bool,
+    count: &Array<'_>,
+    mean: &Array<'_>,
+    m2: &Array<'_>,
+    hi: &Array<'_>,
+    lo: &Array<'_>,
+    rstd: &Array<'_>,
+    running_mean: Option<&Array<'_>>,
+    running_var: Option<&Array<'_>>,
+    y: &Array<'_>,
+) -> PyResult<()> {
+    let mut o = Opening::default();
+    let (x, y) = (o.read("x", x)?, o.write("out", y)?);
+    let inputs = Inputs {
+        weights: o.maybe("weights", weights)?,
+        h: o.read("h", h)?,
+        gamma: o.maybe("gamma", gamma)?,
+        beta: o.maybe("beta", beta)?,
+        residual: o.maybe("residual", residual)?,
+        relu,
+    };
+    let moments = [o.write("count", count)?, o.write("mean", mean)?, o.write("m2", m2)?];
+    let out = Out::note(&mut o, hi, lo, rstd, running_mean, running_var)?;
+    alike(inputs.residual.as_ref(), &x)?;
+    alike(Some(&y), &x)?;
+    let (shape, checked) = (around(&x, axis)?, o.check()?);
+    match x.dtype {
+        Dtype::F64 => train::<f64>(py, &checked, &x, shape, inputs, moments, out, &y),
+        Dtype::F32 => train::<f32>(py, &checked, &x, shape, inputs, moments, out, &y),
+        Dtype::F16 => train::<f16>(py, &checked, &x, shape, inputs, moments, out, &y),
+        Dtype::Bf16 => train::<bf16>(py, &checked, &x, shape, inputs, moments, out, &y),
+        Dtype::U32 => Err(not_data(x.dtype)),
+    }
+}
+
+/// What training reads besides x.
+struct Inputs<'a> {
+    weights: Option<Noted<'a>>,
+    h: Noted<'a>,
+    gamma: Option<Noted<'a>>,
+    beta: Option<Noted<'a>>,
+    residual: Option<Noted<'a>>,
+    relu: bool,
+}
+
+fn train<S: Storage + Element>(
+    py: Python<'_>,
+    checked: &Checked,
+    x: &Noted<'_>,
+    shape: Shape,
+    inputs: Inputs<'_>,
+    [count, mean, m2]: [Noted<'_>; 3],
+    out: Out<'_>,
+    y: &Noted<'_>,
+) -> PyResult<()>
+where
+    S::Real: Element,
+{
+    let missing = Missing::new(shape.channels);
+    let gamma = checked.maybe(&inputs.gamma)?.unwrap_or(&missing.ones);
+    let beta = checked.maybe(&inputs.beta)?.unwrap_or(&missing.zeros);
+    let (weights, residual) = (checked.maybe(&inputs.weights)?, checked.maybe(&inputs.residual)?);
+    let rule = finish_rule(checked.read(&inputs.h)?)?;
+    let (count, mean, m2) = (checked.write(&count)?, checked.write(&mean)?, checked.write(&m2)?);
+    let (out, x, y) = (out.open::<S::Real>(checked)?, checked.read::<S>(x)?, checked.write(y)?);
+    let relu = inputs.relu;
+    gate::run(py, || {
+        for (name, slice) in [("mean", &*mean), ("m2", &*m2)] {
+            kilter_core::error::length(name, slice, shape.channels)?;
+        }
+        let data = Data::new(x, weights, shape)?;
+        copy_moments(norm::train(data, rule, gamma, beta, residual, relu, out, y)?, count, mean, m2)
+    })
+}
+
+/// What a backward pass reads.
+struct Reads<'a> {
+    dy: Noted<'a>,
+    x: Noted<'a>,
+    weights: Option<Noted<'a>>,
+    how: How<'a>,
+    residual: Option<Noted<'a>>,
+    relu: bool,
+    axis: usize,
+}
+
+impl<'a> Reads<'a> {
+    fn shape(&self) -> PyResult<Shape> {
+        alike(Some(&self.dy), &self.x)?;
+        alike(self.residual.as_ref(), &self.x)?;
+        around(&self.x, self.axis)
+    }
+
+    fn open<S: Storage + Element>(
+        &self,
+        checked: &Checked,
+        shape: Shape,
+        missing: &'a Missing<S::Real>,
+    ) -> PyResult<Upstream<'a, S>>
+    where
+        S::Real: Element,
+    {
+        let data = Data::new(checked.read(&self.x)?, checked.maybe(&self.weights)?, shape).map_err(error)?;
+        let (affine, residual) = (affine(checked, &self.how, missing)?, checked.maybe(&self.residual)?);
+        Upstream::new(checked.read(&self.dy)?, data, affine, residual, self.relu).map_err(error)
+    }
+}
+
+#[pyfunction]
+fn bn_backward_reduce(
+    py: Python<'_>,
+    dy: &Array<'_>,
+    x: &Array<'_>,
+    axis: usize,
+    hi: &Array<'_>,
+    lo: &Array<'_>,
+    rstd: &Array<'_>,
+    gamma: Option<&Array<'_>>,
+    beta: Option<&Array<'_>>,
+    residual: Option<&Array<'_>>,
+    relu: bool,
+    sum_dy: &Array<'_>,
+    sum_dy_xhat: &Array<'_>,
+) -> PyResult<()> {
+    let mut o = Opening::default();
+    let reads = Reads {
+        dy: o.read("dy", dy)?,
+        x: o.read("x", x)?,
+        weights: None,
+        how: How::note(&mut o, [hi, lo, rstd], gamma, beta)?,
+        residual: o.maybe("residual", residual)?,
+        relu,
+        axis,
+    };
+    let sums = [o.write("sum_dy", sum_dy)?, o.write("sum_dy_xhat", sum_dy_xhat)?];
+    let checked = o.check()?;
+    match reads.x.dtype {
+        Dtype::F64 => reduce::<f64>(py, &checked, reads, sums),
+        Dtype::F32 => reduce::<f32>(py, &checked, reads, sums),
+        Dtype::F16 => reduce::<f16>(py, &checked, reads, sums),
+        Dtype::Bf16 => reduce::<bf16>(py, &checked, reads, sums),
+        Dtype::U32 => Err(not_data(reads.x.dtype)),
+    }
+}
+
+fn reduce<S: Storage + Element>(
+    py: Python<'_>,
+    checked: &Checked,
+    reads: Reads<'_>,
+    [sum_dy, sum_dy_xhat]: [Noted<'_>; 2],
+) -> PyResult<()>
+where
+    S::Real: Element,
+{
+    let shape = reads.shape()?;
+    let missing = Missing::new(shape.channels);
+    let up = reads.open::<S>(checked, shape, &missing)?;
+    let (sum_dy, sum_dy_xhat) = (checked.write(&sum_dy)?, checked.write(&sum_dy_xhat)?);
+    gate::run(py, || copy_sums(&norm::backward_reduce(up), sum_dy, sum_dy_xhat))
+}
+
+fn copy_sums(sums: &Sums, sum_dy: &mut [f64], sum_dy_xhat: &mut [f64]) -> Result<(), Error> {
+    fill(sum_dy, &sums.dy, "sum_dy")?;
+    fill(sum_dy_xhat, &sums.dy_xhat, "sum_dy_xhat")
+}
+
+#[pyfunction]
+fn bn_backward_apply(
+    py: Python<'_>,
+    dy: &Array<'_>,
+    x: &Array<'_>,
+    axis: usize,
+    weights: Option<&Array<'_>>,
+    count: &Array<'_>,
+    hi: &Array<'_>,
+    lo: &Array<'_>,
+    rstd: &Array<'_>,
+    gamma: Option<&Array<'_>>,
+    beta: Option<&Array<'_>>,
+    residual: Option<&Array<'_>>,
+    relu: bool,
+    sum_dy: &Array<'_>,
+    sum_dy_xhat: &Array<'_>,
+    dx: &Array<'_>,
+    dresidual: Option<&Array<'_>>,
+) -> PyResult<()> {
+    let mut o = Opening::default();
+    let reads = Reads {
+        dy: o.read("dy", dy)?,
+        x: o.read("x", x)?,
+        weights: o.maybe("weights", weights)?,
+        how: How::note(&mut o, [hi, lo, rstd], gamma, beta)?,
+        residual: o.maybe("residual", residual)?,
+        relu,
+        axis,
+    };
+    let sums = [o.read("count", count)?, o.read("sum_dy", sum_dy)?, o.read("sum_dy_xhat", sum_dy_xhat)?];
+    let out = (o.write("out", dx)?, o.maybe_write("dresidual", dresidual)?);
+    let checked = o.check()?;
+    match reads.x.dtype {
+        Dtype::F64 => backward_apply::<f64>(py, &checked, reads, sums, out),
+        Dtype::F32 => backward_apply::<f32>(py, &checked, reads, sums, out),
+        Dtype::F16 => backward_apply::<f16>(py, &checked, reads, sums, out),
+        Dtype::Bf16 => backward_apply::<bf16>(py, &checked, reads, sums, out),
+        Dtype::U32 => Err(not_data(reads.x.dtype)),
+    }
+}
+
+fn backward_apply<S: Storage + Element>(
+    py: Python<'_>,
+    checked: &Checked,
+    reads: Reads<'_>,
+    [count, sum_dy, sum_dy_xhat]: [Noted<'_>; 3],
+    (dx, dresidual): (Noted<'_>, Option<Noted<'_>>),
+) -> PyResult<()>
+where
+    S::Real: Element,
+{
+    let shape = reads.shape()?;
+    let missing = Missing::new(shape.channels);
+    let up = reads.open::<S>(checked, shape, &missing)?;
+    alike(Some(&dx), &reads.x)?;
+    alike(dresidual.as_ref(), &reads.x)?;
+    let count = one(checked.read(&count)?)?;
+    let (dy, dy_xhat) = (checked.read::<f64>(&sum_dy)?.to_vec(), checked.read::<f64>(&sum_dy_xhat)?.to_vec());
+    let (dx, dresidual) = (checked.write(&dx)?, checked.maybe_write(&dresidual)?);
+    gate::run(py, || norm::backward_apply(up, count, &Sums { first: 0, dy, dy_xhat }, dx, dresidual))
+}
+
+#[pyfunction]
+fn bn_backward(
+    py: Python<'_>,
+    dy: &Array<'_>,
+    x: &Array<'_>,
+    axis: usize,
+    weights: Option<&Array<'_>>,
+    count: &Array<'_>,
+    hi: &Array<'_>,
+    lo: &Array<'_>,
+    rstd: &Array<'_>,
+    gamma: Option<&Array<'_>>,
+    beta: Option<&Array<'_>>,
+    residual: Option<&Array<'_>>,
+    relu: bool,
+    sum_dy: &Array<'_>,
+    sum_dy_xhat: &Array<'_>,
+    dx: &Array<'_>,
+    dresidual: Option<&Array<'_>>,
+) -> PyResult<()> {
+    let mut o = Opening::default();
+    let reads = Reads {
+        dy: o.read("dy", dy)?,
+        x: o.read("x", x)?,
+        weights: o.maybe("weights", weights)?,
+        how: How::note(&mut o, [hi, lo, rstd], gamma, beta)?,
+        residual: o.maybe("residual", residual)?,
+        relu,
+        axis,
+    };
+    let count = o.read("count", count)?;
+    let sums = [o.write("sum_dy", sum_dy)?, o.write("sum_dy_xhat", sum_dy_xhat)?];
+    let out = (o.write("out", dx)?, o.maybe_write("dresidual", dresidual)?);
+    let checked = o.check()?;
+    match reads.x.dtype {
+        Dtype::F64 => backward::<f64>(py, &checked, reads, count, sums, out),
+        Dtype::F32 => backward::<f32>(py, &checked, reads, count, sums, out),
+        Dtype::F16 => backward::<f16>(py, &checked, reads, count, sums, out),
+        Dtype::Bf16 => backward::<bf16>(py, &checked, reads, count, sums, out),
+        Dtype::U32 => Err(not_data(reads.x.dtype)),
+    }
+}
+
+fn backward<S: Storage + Element>(
+    py: Python<'_>,
+    checked: &Checked,
+    reads: Reads<'_>,
+    count: Noted<'_>,
+    [sum_dy, sum_dy_xhat]: [Noted<'_>; 2],
+    (dx, dresidual): (Noted<'_>, Option<Noted<'_>>),
+) -> PyResult<()>
+where
+    S::Real: Element,
+{
+    let shape = reads.shape()?;
+    let missing = Missing::new(shape.channels);
+    let up = reads.open::<S>(checked, shape, &missing)?;
+    alike(Some(&dx), &reads.x)?;
+    alike(dresidual.as_ref(), &reads.x)?;
+    let count = one(checked.read(&count)?)?;
+    let (sum_dy, sum_dy_xhat) = (checked.write::<f64>(&sum_dy)?, checked.write::<f64>(&sum_dy_xhat)?);
+    let (dx, dresidual) = (checked.write(&dx)?, checked.maybe_write(&dresidual)?);
+    gate::run(py, || {
+        for (name, slice) in [("sum_dy", &*sum_dy), ("sum_dy_xhat", &*sum_dy_xhat)] {
+            kilter_core::error::length(name, slice, shape.channels)?;
+        }
+        copy_sums(&norm::backward(up, count, dx, dresidual)?, sum_dy, sum_dy_xhat)
+    })
+}

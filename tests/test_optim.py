@@ -1,0 +1,417 @@
+"""kilter.optim: rules against worked numbers and the float64 reference, parameters in every form, masters."""
+
+import numpy as np
+import pytest
+
+import reference
+from kilter.optim import SGD, Adam, AdamW
+from kilter.schedule import one_cycle
+from support import (
+    BFLOAT16,
+    DTYPES,
+    FLOAT16,
+    FLOAT32,
+    FLOAT64,
+    arrays_of,
+    copied,
+    plain,
+    relative_error,
+    same_bits,
+)
+
+RULES = {  # name: class, its options, the reference with the same options
+    "sgd": (SGD, {}, reference.sgd),
+    "sgd decay": (SGD, {"weight_decay": 0.1}, reference.sgd),
+    "sgd momentum": (SGD, {"momentum": 0.9}, reference.sgd),
+    "sgd momentum inside": (SGD, {"momentum": 0.9, "lr_inside": True}, reference.sgd),
+    "sgd dampening": (SGD, {"momentum": 0.9, "dampening": 0.9, "weight_decay": 0.1}, reference.sgd),
+    "sgd nesterov": (SGD, {"momentum": 0.9, "nesterov": True}, reference.sgd),
+    "sgd maximize": (SGD, {"momentum": 0.9, "weight_decay": 0.1, "maximize": True}, reference.sgd),
+    "adam": (Adam, {}, reference.adam),
+    "adam eps": (Adam, {"eps": 1e-3, "betas": (0.8, 0.95)}, reference.adam),
+    "adam decay": (Adam, {"weight_decay": 0.1}, reference.adam),
+    "adam amsgrad": (Adam, {"amsgrad": True}, reference.adam),
+    "adam maximize": (Adam, {"maximize": True}, reference.adam),
+    "adamw": (AdamW, {"weight_decay": 0.1}, lambda *a, **k: reference.adam(*a, **k, decay="lr")),
+    "adamw amsgrad": (
+        AdamW,
+        {"weight_decay": 0.1, "amsgrad": True},
+        lambda *a, **k: reference.adam(*a, **k, decay="lr"),
+    ),
+    "adamw independent": (AdamW, {"weight_decay": 1e-3, "decay": "independent"}, reference.adam),
+}
+rules = pytest.mark.parametrize("rule", RULES)
+
+G = [0.5, -0.25, 1.0]
+HALVED = [0.1, 0.05, 0.025].__getitem__
+
+
+def walk(kind, p, grads, **options):
+    """The parameter after each step."""
+    path, opt = [], kind([p], **options)
+    for g in grads:
+        opt.step([g])
+        path.append(p.astype(np.float64))
+    return np.array(path)
+
+
+# --------------------------------------------------------------------------- worked numbers
+
+
+@pytest.mark.parametrize("dtype", [FLOAT64, FLOAT32], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "options", "expected"),
+    [
+        (SGD, {"momentum": 0.9}, [0.95, 0.93, 0.812]),
+        (SGD, {"momentum": 0.9, "lr_inside": True}, [0.95, 0.93, 0.812]),
+        (SGD, {"momentum": 0.9, "lr": HALVED}, [0.95, 0.94, 0.9105]),
+        (SGD, {"momentum": 0.9, "lr": HALVED, "lr_inside": True}, [0.95, 0.9175, 0.86325]),
+        (SGD, {"momentum": 0.9, "nesterov": True}, [0.905, 0.912, 0.7058]),
+        (SGD, {"momentum": 0.9, "dampening": 0.9}, [0.95, 0.9075, 0.85925]),
+        (SGD, {"momentum": 0.9, "weight_decay": 0.1}, [0.94, 0.9016, 0.758024]),
+        (Adam, {}, [0.900000002000, 0.873366298708, 0.807555139677]),
+        (Adam, {"eps": 1e-3}, [0.900199600798, 0.873633115404, 0.807921273950]),
+        (Adam, {"weight_decay": 0.1}, [0.900000001667, 0.854441367462, 0.781504399863]),
+        (Adam, {"amsgrad": True}, [0.900000002000, 0.873366298708, 0.807555139677]),
+        (AdamW, {"weight_decay": 0.1}, [0.890000002000, 0.854466298688, 0.780110476670]),
+        (
+            AdamW,
+            {"weight_decay": 0.1, "decay": "independent"},
+            [0.800000002000, 0.693366298508, 0.558218509626],
+        ),
+    ],
+)
+def test_v9_and_v10(kind, options, expected, dtype):
+    path = walk(kind, np.ones(1, dtype), [np.array([g], dtype) for g in G], **{"lr": 0.1, **options})
+    np.testing.assert_allclose(path[:, 0], expected, atol=1e-12 if dtype == FLOAT64 else 5e-7)
+
+
+def test_v9_constant_and_alternating_gradients():
+    for signs, sums in (
+        (np.ones(50), [1, 1.9, 2.71, 6.513215599, 9.948462248]),
+        ((-1.0) ** np.arange(50), [1, 0.1, 0.91, 0.342800821, 0.523603276]),
+    ):
+        p = np.zeros(1)
+        path = walk(SGD, p, [np.array([g]) for g in signs], lr=1.0, momentum=0.9)
+        velocity = -np.diff(path[:, 0], prepend=0)
+        np.testing.assert_allclose(np.abs(velocity[[0, 1, 2, 9, 49]]), sums, atol=1e-8)
+    path = walk(SGD, np.zeros(1), [np.ones(1)] * 5, lr=0.01, momentum=0.9)
+    np.testing.assert_allclose(-path[:, 0], [0.01, 0.029, 0.0561, 0.09049, 0.131441], atol=1e-12)
+
+
+@pytest.mark.parametrize("cycle_beta1", [False, True])
+@pytest.mark.parametrize("kind", [SGD, Adam])
+def test_v21_the_two_clocks(kind, cycle_beta1):
+    """A skipped third step: the fourth call reads the fourth lr, and Adam corrects with t = 3."""
+    cycle = one_cycle(1.0, 10)
+    grads = [0.5, -0.25, np.inf, 1.0, 0.125]
+    momentum = cycle.momentum if cycle_beta1 else 0.9
+    options = {"momentum": momentum} if kind is SGD else {"betas": (momentum, 0.999)}
+    rule = reference.sgd if kind is SGD else reference.adam
+    wanted = rule(1.0, [g if np.isfinite(g) else None for g in grads], cycle.lr, **options)
+    p = np.ones(1)
+    opt = kind([p], cycle.lr, **options, skip_nonfinite=True)
+    for call, (g, want) in enumerate(zip(grads, wanted, strict=True), 1):
+        report = opt.step([np.array([g])])
+        np.testing.assert_allclose(p[0], want, rtol=1e-12)
+        assert (report.calls, report.applied, report.skipped) == (call, call - (call > 2), call == 3)
+        assert opt.calls == call
+    np.testing.assert_allclose(cycle.lr(3), 0.950484632, atol=1e-9)
+
+
+# --------------------------------------------------------------------------- against the reference
+
+
+@rules
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_hundred_steps(backend, rng, rule, dtype):
+    """16-bit weights follow float32 masters and are these masters, rounded."""
+    kind, options, ref = RULES[rule]
+    start, grads = rng.normal(size=(3, 67)).astype(dtype), rng.normal(size=(100, 3, 67)).astype(dtype)
+    want = ref(start, list(grads), 1e-2, **options)[-1]
+    p = backend.array(start.copy())
+    walk(kind, p, grads, lr=1e-2, **options)
+    p = backend.numpy(p)
+    if dtype in (FLOAT64, FLOAT32):
+        assert relative_error(p, want) < (1e-13 if dtype == FLOAT64 else 1e-5)
+    else:
+        master = start.astype(FLOAT32)
+        walk(kind, master, grads.astype(FLOAT32), lr=1e-2, **options)
+        assert relative_error(master, want) < 1e-5
+        assert same_bits(p, master.astype(dtype))
+
+
+@pytest.mark.parametrize(
+    ("kind", "rule", "options"),
+    [
+        (
+            SGD,
+            reference.sgd,
+            {"momentum": lambda k: 0.5 + 0.004 * k, "weight_decay": lambda k: 0.1 / (k + 1)},
+        ),
+        (SGD, reference.sgd, {"momentum": lambda k: 0.9 - 0.004 * k, "nesterov": True}),
+        (Adam, reference.adam, {"betas": (lambda k: 0.95 - 0.001 * k, 0.99)}),
+        (AdamW, RULES["adamw"][2], {"weight_decay": lambda k: 0.1 * 0.9**k}),
+    ],
+    ids=["sgd", "nesterov", "adam", "adamw"],
+)
+def test_scheduled_options(rng, kind, rule, options):
+    grads = rng.normal(size=(50, 5))
+    p = np.ones(5)
+    path = walk(kind, p, grads, lr=lambda k: 0.1 / (k + 1), **options)
+    np.testing.assert_allclose(
+        path, rule(np.ones(5), list(grads), lambda k: 0.1 / (k + 1), **options), rtol=1e-12
+    )
+
+
+@pytest.mark.parametrize("limit", [{"clip_norm": 1.0}, {"clip_norm": 1e6}, {"clip_value": 0.3}], ids=str)
+@pytest.mark.parametrize("dtype", [FLOAT64, FLOAT32, BFLOAT16], ids=str)
+def test_clipping(rng, dtype, limit):
+    """The norm is that of all tensors together."""
+    start = [rng.normal(size=n).astype(dtype) for n in (3, 500)]
+    grads = [[rng.normal(size=n).astype(dtype) for n in (3, 500)] for _ in range(10)]
+    ps = [p.copy() for p in start]
+    opt = SGD(ps, 0.1, momentum=0.9, **limit)
+    for g in grads:
+        opt.step(g)
+    clipped = [np.concatenate(reference.clip(g, **limit)) for g in grads]
+    want = reference.sgd(np.concatenate(start), clipped, 0.1, momentum=0.9)[-1]
+    error = relative_error(np.concatenate(ps), want)
+    assert error < {FLOAT64: 1e-6, FLOAT32: 1e-5, BFLOAT16: 4e-3}[dtype]  # torch adds 1e-6 to the norm
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_track_norm(rng, dtype):
+    grads = [rng.normal(size=n).astype(dtype) for n in (1, 0, 1000)]
+    opt = Adam([np.zeros_like(g) for g in grads], track_norm=True, clip_value=0.1)
+    want = np.linalg.norm(np.concatenate(grads).astype(np.float64))
+    np.testing.assert_allclose(float(opt.step(grads).grad_norm), want, rtol=1e-6)
+
+
+def test_norm_does_not_overflow():
+    g = np.full(4, 1e30, FLOAT32)
+    p = np.zeros(4, FLOAT32)
+    report = SGD([p], 1e-30, track_norm=True, skip_nonfinite=True).step([g])
+    np.testing.assert_allclose(float(report.grad_norm), 2e30, rtol=1e-6)
+    assert not report.skipped and (p != 0).all()
+
+
+def test_skipping_reads_the_gradients_not_their_norm():
+    p = np.zeros(4)
+    report = SGD([p], 1e-200, skip_nonfinite=True).step([np.full(4, 1e200)])
+    assert not report.skipped
+    np.testing.assert_allclose(p, -1)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("where", [0, 17, -1])
+@rules
+def test_a_skipped_step_changes_nothing(rng, rule, where, dtype, bad):
+    kind, options, _ = RULES[rule]
+    ps = [rng.normal(size=n).astype(dtype) for n in (1, 99)]
+    opt = kind(ps, **options, skip_nonfinite=True)
+    good = [rng.normal(size=p.size).astype(dtype) for p in ps]
+    opt.step(good)
+    kept, state = [p.copy() for p in ps], copied(opt.state_dict())
+    ruined = [good[0], good[1].copy()]
+    ruined[1][where] = bad
+    report = opt.step(ruined)
+    assert report.skipped and (report.calls, report.applied) == (2, 1)
+    assert all(same_bits(a, b) for a, b in zip(ps, kept, strict=True))
+    after = opt.state_dict()
+    changed = [k for k in state if plain({k: state[k]}) != plain({k: after[k]})]
+    assert len(changed) == 1 and opt.calls == 2, changed  # the number of calls
+
+
+def test_without_skipping_nan_reaches_the_weights():
+    p = np.ones(3, FLOAT32)
+    report = Adam([p]).step([np.array([1, np.nan, 1], FLOAT32)])
+    assert not report.skipped and np.isnan(p).tolist() == [False, True, False]
+
+
+# --------------------------------------------------------------------------- forms of params
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+@rules
+def test_many_tensors_are_one(rng, rule, dtype):
+    kind, options, _ = RULES[rule]
+    sizes = (0, 1, 7, 1000, 0, 5000, 33)
+    ps = [rng.normal(size=n).astype(dtype) for n in sizes]
+    whole = np.concatenate(ps)
+    many, one = kind(ps, 0.01, **options), kind([whole], 0.01, **options)
+    for _ in range(5):
+        gs = [rng.normal(size=n).astype(dtype) for n in sizes]
+        many.step(gs)
+        one.step([np.concatenate(gs)])
+    assert same_bits(np.concatenate(ps), whole)
+
+
+def test_list_dict_and_groups_agree(rng):
+    start, grads = rng.normal(size=(2, 4, 3)), rng.normal(size=(5, 2, 4, 3))
+    lists, dicts, groups = ([a.copy() for a in start] for _ in range(3))
+    as_list, as_dict = Adam(lists), Adam({"w": dicts[0], "b": dicts[1]})
+    as_groups = Adam([{"params": {"w": groups[0]}}, {"params": [groups[1]]}])
+    for w, b in grads:
+        as_list.step([w, b])
+        as_dict.step({"b": b, "w": w})  # by name, not by order
+        as_groups.step([{"w": w}, [b]])
+    for a, b, c in zip(lists, dicts, groups, strict=True):
+        assert same_bits(a, b) and same_bits(a, c)
+    np.testing.assert_allclose(lists[0], reference.adam(start[0], list(grads[:, 0]))[-1], rtol=1e-12)
+
+
+def test_tuples_are_lists(rng):
+    p, g = rng.normal(size=(2, 5))
+    want = p - 0.1 * g
+    SGD((p,), 0.1).step((g,))
+    np.testing.assert_allclose(p, want, rtol=1e-15)
+
+
+def test_groups_have_their_own_options(rng):
+    start, grads = rng.normal(size=(3, 6)), rng.normal(size=(10, 3, 6))
+    a, b, c = (p.copy() for p in start)
+    opt = AdamW(
+        [
+            {"params": [a], "lr": 0.1},
+            {"params": [b], "weight_decay": 0.0},
+            {"params": [c], "betas": (0.5, 0.9)},
+        ],
+        lr=lambda k: 0.01 * (k + 1),
+        weight_decay=0.2,
+    )
+    for g in grads:
+        opt.step([[x] for x in g])
+    ramp, rule = (lambda k: 0.01 * (k + 1)), RULES["adamw"][2]
+    for got, want in (
+        (a, rule(start[0], list(grads[:, 0]), 0.1, weight_decay=0.2)),
+        (b, rule(start[1], list(grads[:, 1]), ramp, weight_decay=0.0)),
+        (c, rule(start[2], list(grads[:, 2]), ramp, weight_decay=0.2, betas=(0.5, 0.9))),
+    ):
+        np.testing.assert_allclose(got, want[-1], rtol=1e-12)
+
+
+def test_group_options_may_change_between_steps(rng):
+    p, grads = np.ones(3), rng.normal(size=(3, 3))
+    opt = SGD([p], lr=0.1)
+    assert opt.groups[0]["lr"] == 0.1
+    opt.step([grads[0]])
+    opt.groups[0]["lr"] = 0.5
+    opt.step([grads[1]])
+    opt.groups[0]["lr"] = lambda k: 0.25 if k == 2 else np.nan
+    opt.step([grads[2]])
+    np.testing.assert_allclose(p, 1 - np.array([0.1, 0.5, 0.25]) @ grads, rtol=1e-14)
+
+
+def test_updated_in_place_whatever_the_shape(rng):
+    ps = [np.ones(()), np.ones((2, 3, 4)), np.ones((1, 0, 5))]
+    gs = [np.ones(p.shape) for p in ps]
+    SGD(ps, 0.5).step(gs)
+    assert all((p == 0.5).all() for p in ps)
+
+
+@rules
+def test_mixed_dtypes(rng, rule):
+    """Norm parameters often stay float32 beside 16-bit weights."""
+    kind, options, _ = RULES[rule]
+    dtypes = (FLOAT32, BFLOAT16, FLOAT16, FLOAT32)
+    mixed = [rng.normal(size=40).astype(d) for d in dtypes]
+    single = [p.copy() for p in mixed]
+    grads = [rng.normal(size=40).astype(d) for d in dtypes]
+    opt, alone = kind(mixed, **options), [kind([p], **options) for p in single]
+    for _ in range(3):
+        opt.step(grads)
+        for one, g in zip(alone, grads, strict=True):
+            one.step([g])
+    assert all(same_bits(a, b) for a, b in zip(mixed, single, strict=True))
+
+
+def test_broadcast_gradients(rng):
+    a, b, row = np.ones((6, 8)), np.ones((6, 8)), rng.normal(size=8)
+    Adam([a]).step([np.broadcast_to(row, (6, 8))])
+    Adam([b]).step([np.tile(row, (6, 1))])
+    assert same_bits(a, b)
+
+
+# --------------------------------------------------------------------------- 16 bit, small numbers
+
+
+@pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=str)
+def test_float32_gradients_of_16_bit_parameters(rng, dtype):
+    p, grads = rng.normal(size=50).astype(dtype), rng.normal(size=(10, 50)).astype(FLOAT32)
+    master = p.astype(FLOAT32)
+    for parameter in (p, master):
+        walk(Adam, parameter, grads, lr=0.1)
+    assert same_bits(p, master.astype(dtype))
+
+
+@pytest.mark.parametrize("masters", ["auto", None])
+def test_v18_small_updates_need_masters(masters):
+    p = np.ones(3, FLOAT16)
+    opt = SGD([p], 1.0, master_dtype=masters)
+    for _ in range(4096):
+        opt.step([np.full(3, -(2.0**-12), FLOAT16)])
+    assert (p == (2 if masters else 1)).all()
+
+
+@pytest.mark.parametrize("masters", ["auto", None])
+def test_bfloat16_decay_that_rounds_away(masters):
+    p = np.full(3, 1.5, BFLOAT16)
+    opt = AdamW([p], 1e-2, weight_decay=0.05, master_dtype=masters)
+    for _ in range(400):
+        opt.step([np.zeros(3, BFLOAT16)])
+    want = reference.adam(1.5, [0.0] * 400, 1e-2, weight_decay=0.05, decay="lr")[-1]
+    assert (p == (np.array(want).astype(BFLOAT16) if masters else 1.5)).all()
+
+
+@pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=str)
+def test_without_masters_each_step_is_rounded(rng, dtype):
+    p, grads = rng.normal(size=50).astype(dtype), rng.normal(size=(20, 50)).astype(dtype)
+    want = p.astype(FLOAT32)
+    opt = SGD([p], 0.25, master_dtype=None)
+    for g in grads:
+        opt.step([g])
+        want = (want - np.float32(0.25) * g.astype(FLOAT32)).astype(dtype).astype(FLOAT32)
+    assert same_bits(p, want.astype(dtype))
+
+
+@pytest.mark.parametrize("masters", ["auto", None])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@rules
+def test_zero_gradients(rule, dtype, masters):
+    kind, options, _ = RULES[rule]
+    options = {k: v for k, v in options.items() if k != "weight_decay"} | {"weight_decay": 0.0}
+    p = np.array([1.5, -3.0, 0.0], dtype)
+    opt = kind([p], **options, master_dtype=masters)
+    for _ in range(3):
+        opt.step([np.zeros(3, dtype)])
+    assert p.tolist() == [1.5, -3.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "gradient", "eps", "expected"),
+    [
+        (FLOAT16, 2.0**-24, 0.0, 0.875),  # its square is kept: the arithmetic is float32
+        (BFLOAT16, 1e-30, 1e-8, 1.0),  # its square is not, and eps keeps 0 / 0 away
+    ],
+)
+def test_smallest_16_bit_gradients(dtype, gradient, eps, expected):
+    p = np.ones(5, dtype)
+    Adam([p], 0.125, eps=eps).step([np.full(5, gradient).astype(dtype)])
+    assert (p == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [(SGD, {"momentum": 0.9}), (Adam, {}), (Adam, {"amsgrad": True})]
+)
+def test_state_never_becomes_subnormal(kind, options):
+    p = np.ones(40, FLOAT32)
+    opt = kind([p], **options)
+    opt.step([np.geomspace(1e-3, 1e-37, 40).astype(FLOAT32)])
+    for _ in range(1500):
+        opt.step([np.zeros(40, FLOAT32)])
+    opt.step([np.geomspace(1e-20, 1e-42, 40).astype(FLOAT32)])
+    state = np.concatenate([a.ravel() for a in arrays_of(opt) if a.dtype == FLOAT32]).astype(np.float64)
+    assert state.size >= 40
+    assert not ((state != 0) & (np.abs(state) < 1e-30)).any()
