@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from kilter import train
+import kilter as package
+from kilter import cli, train
 
 FILES = ["config.json", "curves.png", "metrics.csv", "model.safetensors"]
 FAST = ("train", "--hidden", "16", "--epochs", "2")
@@ -148,27 +150,37 @@ def test_a_diverging_run_is_one_line_and_leaves_a_valid_folder(tmp_path):
     assert sorted(os.listdir(tmp_path / "r")) == FILES
 
 
-def test_missing_data_says_how_to_get_it(tmp_path):
-    hidden = os.environ | {
-        "KILTER_DATA": str(tmp_path),
-        "HOME": str(tmp_path),
-        "XDG_CACHE_HOME": str(tmp_path),
-    }
-    if os.path.exists("/usr/share/datasets/fashion-mnist"):
-        pytest.skip("Fashion-MNIST is installed here")
-    done = kilter("train", "--data", "fashion-mnist", cwd=tmp_path, env=hidden)
-    assert_one_line(done, 2, "apt-get install dataset-fashion-mnist")
+def test_missing_data_says_how_to_get_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("kilter.data.sources._places", lambda: [tmp_path])
+    assert cli.main(["train", "--data", "fashion-mnist", "--out", str(tmp_path / "r")]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("kilter: ")
+    assert err.count("\n") == 1
+    assert "apt-get install dataset-fashion-mnist" in err
 
 
-@pytest.mark.parametrize("package", ["safetensors", "matplotlib", "tqdm"])
-def test_a_missing_extra_says_how_to_get_it(tmp_path, package):
+def test_bench_runs_the_parts_that_were_named(monkeypatch):
+    ran = []
+    fake = SimpleNamespace(main=ran.append)
+    monkeypatch.setitem(sys.modules, "kilter.bench", fake)
+    monkeypatch.setattr(package, "bench", fake, raising=False)
+    assert cli.main(["bench", "optim", "norms"]) == 0
+    assert ran == ["optim", "norms"]
+    ran.clear()
+    assert cli.main(["bench"]) == 0
+    assert ran == ["norms", "optim", "init", "train"]
+
+
+@pytest.mark.parametrize("name", ["safetensors", "matplotlib", "tqdm"])
+def test_a_missing_extra_says_how_to_get_it(tmp_path, name):
     script = (
-        f"import sys; sys.modules[{package!r}] = None; from kilter.cli import main; sys.exit(main(['train']))"
+        f"import sys; sys.modules[{name!r}] = None; from kilter.cli import main; sys.exit(main(['train']))"
     )
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
     )
-    assert_one_line(done, 2, package, "pip install 'kilter[train]'")
+    assert_one_line(done, 2, name, "pip install 'kilter[train]'")
     assert os.listdir(tmp_path) == []
 
 

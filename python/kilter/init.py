@@ -110,6 +110,8 @@ def uniform(
         Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3" (Philox4x32-10).
     """
     low, high = _check.number("low", low, -_MOST, _MOST), _check.number("high", high, -_MOST, _MOST)
+    if not low <= high:
+        fail("high", f"a number of at least low, {low:g}", f"{high:g}")
     return _fill("fill_uniform", shape, low, high - low, seed, stream, dtype, out, xp)
 
 

@@ -35,7 +35,7 @@ class Config:
     model: str = "mlp"
     norm: str = "batch"
     hidden: tuple[int, ...] | None = None
-    dropout: float = 0.2
+    dropout: float = 0.0
     optimizer: str = "adamw"
     lr: float | None = None
     weight_decay: float = 1e-2

@@ -1,7 +1,7 @@
 //! Fills: element i of an array is a pure function of (seed, stream, i), for any thread count, CPU and device.
 
 use crate::kernel::Kernel;
-use crate::lanes::LANES;
+use crate::lanes::{LANES, Stores};
 use crate::real::Real;
 use crate::rng::{GROUP, group, normal_pair, unit};
 use crate::storage::Storage;
@@ -57,7 +57,7 @@ pub struct Fill<'a, S: Storage, V> {
 impl<'a, S: Storage, V: Variate> Fill<'a, S, V> {
     /// Fills all of `out`.
     pub fn new(out: &'a mut [S], variate: V, seed: u64, stream: u32, shift: f64, scale: f64) -> Self {
-        let past = crate::lanes::streams(out, GROUP);
+        let past = Stores::joined(out, GROUP) != Stores::Cached;
         let (shift, scale) = (S::Real::from_f64(shift), S::Real::from_f64(scale));
         Self { out, variate, seed, stream, first: 0, shift, scale, past }
     }

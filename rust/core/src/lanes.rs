@@ -4,37 +4,47 @@
 //! place in the run, never on its address.
 
 use crate::real::Real;
-use crate::simd::STREAM_ALIGN;
+use crate::simd::{self, STREAM_ALIGN, STREAM_BYTES};
 use crate::storage::Storage;
 use std::array::from_fn;
 
 /// Elements that are handled together: one 512-bit register of f32, two 256-bit ones.
 pub const LANES: usize = 16;
 
-/// Writes `y[m][i] = f(x[..][i], v[..][i])[m]` for every `i`; past the caches when `stream`.
+/// Bytes of a line of cache.
+const LINE: usize = 64;
+
+/// Writes `y[m][i] = f(x[..][i], v[..][i])[m]` for every `i`.
 #[inline(always)]
 pub fn map<S: Storage, const N: usize, const K: usize, const M: usize>(
     x: [&[S]; N],
     v: [&[S::Real]; K],
     mut y: [&mut [S]; M],
-    stream: bool,
+    stores: Stores,
     f: impl Fn([S::Real; N], [S::Real; K]) -> [S::Real; M],
 ) {
     let n = y[0].len();
+    let x = x.map(|x| &x[..n]);
+    let v = v.map(|v| &v[..n]);
+    let mut y = y.each_mut().map(|y| &mut y[..n]);
     let mut i = 0;
-    if stream {
-        // One by one up to the first line of the first output; an output out of step with it uses ordinary stores.
-        let line = 64;
-        let head = y[0].as_ptr().align_offset(line).min(n);
-        let skip = if head * size_of::<S>() < line { head } else { 0 };
-        while i < skip {
+    if let Stores::Streamed { from } = stores {
+        // One by one up to there; an output out of step with the first uses ordinary stores.
+        let head = y[0].as_ptr().align_offset(from);
+        let head = if head < LINE / size_of::<S>() { head.min(n) } else { 0 };
+        while i < head {
             group::<S, N, K, M, 1>(&x, &v, &mut y, i, false, &f);
             i += 1;
         }
-    }
-    while i + LANES <= n {
-        group::<S, N, K, M, LANES>(&x, &v, &mut y, i, stream, &f);
-        i += LANES;
+        while i + LANES <= n {
+            group::<S, N, K, M, LANES>(&x, &v, &mut y, i, true, &f);
+            i += LANES;
+        }
+    } else {
+        while i + LANES <= n {
+            group::<S, N, K, M, LANES>(&x, &v, &mut y, i, false, &f);
+            i += LANES;
+        }
     }
     while i < n {
         group::<S, N, K, M, 1>(&x, &v, &mut y, i, false, &f);
@@ -65,11 +75,33 @@ fn group<S: Storage, const N: usize, const K: usize, const M: usize, const L: us
     }
 }
 
-/// Whether outputs of these bytes, cut into runs of `run` elements, are better written past the caches.
-pub fn streams<S: Storage>(y: &[S], run: usize) -> bool {
-    let bytes = run * size_of::<S>();
-    let aligned = y.as_ptr().addr().is_multiple_of(STREAM_ALIGN) && bytes.is_multiple_of(STREAM_ALIGN);
-    size_of_val(y) >= crate::simd::STREAM_BYTES && (bytes >= 1024 || aligned && run.is_multiple_of(LANES))
+/// How an output is written: through the caches, or past them from the first place of each run that has this alignment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stores {
+    /// Ordinary stores.
+    Cached,
+    /// Streaming stores.
+    Streamed {
+        /// The alignment, in bytes, at which they start.
+        from: usize,
+    },
+}
+
+impl Stores {
+    /// For an output that is written in runs of `run` elements that do not follow each other in memory: whole lines.
+    pub fn apart<S>(y: &[S], run: usize) -> Self {
+        let long = run * size_of::<S>() >= 1024;
+        if size_of_val(y) >= STREAM_BYTES && long { Stores::Streamed { from: LINE } } else { Stores::Cached }
+    }
+
+    /// For an output whose runs follow each other in memory: each completes the line that the last one began.
+    pub fn joined<S>(y: &[S], run: usize) -> Self {
+        let aligned = y.as_ptr().addr().is_multiple_of(STREAM_ALIGN) && (run * size_of::<S>()).is_multiple_of(LINE);
+        if size_of_val(y) >= STREAM_BYTES && aligned && run.is_multiple_of(LANES) {
+            return Stores::Streamed { from: STREAM_ALIGN };
+        }
+        Self::apart(y, run)
+    }
 }
 
 /// `M` sums over runs of memory: 32 lanes of the arithmetic type, emptied into 16 lanes of float64 every
@@ -89,12 +121,13 @@ impl<R: Real, const M: usize> Sum<R, M> {
     /// Elements that are added in the arithmetic type.
     pub const CHAIN: usize = 512;
 
-    /// Adds `f(x[..][i], v[..][i])` for every `i`.
+    /// Adds `f(x[..][i], v[..][i])` for every `i`. Meanwhile memory fetches `ahead`.
     #[inline(always)]
-    pub fn add<S: Storage<Real = R>, const N: usize, const K: usize>(
+    pub fn add<S: Storage<Real = R>, const N: usize, const K: usize, const A: usize>(
         &mut self,
         x: [&[S]; N],
         v: [&[R]; K],
+        ahead: [&[S]; A],
         f: impl Fn([R; N], [R; K]) -> [R; M],
     ) {
         let n = x[0].len();
@@ -104,17 +137,19 @@ impl<R: Real, const M: usize> Sum<R, M> {
                 self.empty();
             }
             let to = n.min(from + Self::CHAIN - self.filled);
-            self.chain(x.map(|x| &x[from..to]), v.map(|v| &v[from..to]), &f);
+            let ahead = ahead.map(|ahead| ahead.get(from..).unwrap_or(&[]));
+            self.chain(x.map(|x| &x[from..to]), v.map(|v| &v[from..to]), ahead, &f);
             self.filled += to - from;
             from = to;
         }
     }
 
     #[inline(always)]
-    fn chain<S: Storage<Real = R>, const N: usize, const K: usize>(
+    fn chain<S: Storage<Real = R>, const N: usize, const K: usize, const A: usize>(
         &mut self,
         x: [&[S]; N],
         v: [&[R]; K],
+        ahead: [&[S]; A],
         f: &impl Fn([R; N], [R; K]) -> [R; M],
     ) {
         let n = x[0].len();
@@ -122,6 +157,9 @@ impl<R: Real, const M: usize> Sum<R, M> {
         let mut i = 0;
         while i + 2 * LANES <= n {
             for a in 0..2 {
+                for next in ahead.iter().filter_map(|ahead| ahead.get(i + a * LANES)) {
+                    simd::prefetch(next);
+                }
                 add_group(&mut lanes, a, &x, &v, i + a * LANES, f);
             }
             i += 2 * LANES;

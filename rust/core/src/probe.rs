@@ -2,21 +2,21 @@
 
 use crate::error::{Error, length};
 use crate::kernel::Kernel;
-use crate::lanes::{LANES, map, streams};
+use crate::lanes::{LANES, Stores, map};
 
 /// Copies, past the caches where an output of that size would be: the yardstick of everything that writes a new array.
 pub struct Copy<'a> {
     from: &'a [f32],
     to: &'a mut [f32],
-    stream: bool,
+    stores: Stores,
 }
 
 impl<'a> Copy<'a> {
     /// Checks the lengths.
     pub fn new(from: &'a [f32], to: &'a mut [f32]) -> Result<Self, Error> {
         length("to", to, from.len())?;
-        let stream = streams(to, LANES);
-        Ok(Self { from, to, stream })
+        let stores = Stores::joined(to, LANES);
+        Ok(Self { from, to, stores })
     }
 }
 
@@ -34,13 +34,13 @@ impl Kernel for Copy<'_> {
     fn halve(self) -> Result<(Self, Self), Self> {
         let Some(at) = cut(self.from.len()) else { return Err(self) };
         let (from, to) = (self.from.split_at(at), self.to.split_at_mut(at));
-        let stream = self.stream;
-        Ok((Self { from: from.0, to: to.0, stream }, Self { from: from.1, to: to.1, stream }))
+        let stores = self.stores;
+        Ok((Self { from: from.0, to: to.0, stores }, Self { from: from.1, to: to.1, stores }))
     }
 
     #[inline(always)]
     fn run(self) {
-        map([self.from], [], [self.to], self.stream, |x, []| x);
+        map([self.from], [], [self.to], self.stores, |x, []| x);
     }
 
     fn merge(_: (), _: ()) {}

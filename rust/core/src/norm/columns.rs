@@ -6,7 +6,7 @@
 
 use super::{Affine, Data, Shape, centred, floor, floored};
 use crate::kernel::{Kernel, launch};
-use crate::lanes::{LANES, map, streams};
+use crate::lanes::{LANES, Stores, map};
 use crate::moments::{Channels, about, conclude, inverse};
 use crate::real::Real;
 use crate::simd;
@@ -88,17 +88,32 @@ impl<R: Real, const M: usize> ColumnSums<R, M> {
             }
             add_rows(part, v, weights.map(|w| &w[row..row + rows]), self.narrow.each_mut().map(|n| &mut n[..]), &f);
             for m in 0..M {
-                let (wide, narrow) = (&mut self.wide[m][..width], &self.narrow[m][..width]);
-                for c in 0..width {
-                    wide[c] += narrow[c].to_f64();
-                }
+                widen(&self.narrow[m], &mut self.wide[m]);
             }
             row += rows;
         }
     }
 }
 
-/// Adds `f(x[..][r][c], v[..][c], w[r])` to `sums[..][c]`, for each row r in order. w is 1 without weights.
+/// Adds the sums of a chain to those in float64.
+#[inline(always)]
+fn widen<R: Real>(narrow: &[R], wide: &mut [f64]) {
+    let mut groups = wide.chunks_exact_mut(LANES);
+    let mut c = 0;
+    for wide in &mut groups {
+        let lanes: [R; LANES] = R::load(&narrow[c..c + LANES]);
+        for l in 0..LANES {
+            wide[l] += lanes[l].to_f64();
+        }
+        c += LANES;
+    }
+    for wide in groups.into_remainder() {
+        *wide += narrow[c].to_f64();
+        c += 1;
+    }
+}
+
+/// Adds `f(x[..][r][c], v[..][c], w[r])` to `sums[..][c]`, for each row r in order.
 #[inline(always)]
 fn add_rows<S: Storage, const N: usize, const K: usize, const M: usize>(
     x: [&[S]; N],
@@ -110,48 +125,55 @@ fn add_rows<S: Storage, const N: usize, const K: usize, const M: usize>(
     let width = sums[0].len();
     let rows = x[0].len() / width;
     let mut r = 0;
+    while r + ROWS <= rows {
+        add_some::<S, N, K, M, ROWS>(x.map(|x| &x[r * width..]), &v, weights.map(|w| &w[r..]), &mut sums, f);
+        r += ROWS;
+    }
     while r < rows {
-        let n = if r + ROWS <= rows { ROWS } else { 1 };
-        let w: [S::Real; ROWS] = from_fn(|k| match weights {
-            Some(weights) if k < n => weights[r + k],
-            _ => S::Real::ONE,
-        });
-        let part: [&[S]; N] = from_fn(|k| &x[k][r * width..(r + n) * width]);
-        let mut c = 0;
-        while c + LANES <= width {
-            if n == ROWS {
-                add_group::<S, N, K, M, LANES, ROWS>(&part, &v, &w, &mut sums, width, c, f);
-            } else {
-                add_group::<S, N, K, M, LANES, 1>(&part, &v, &w, &mut sums, width, c, f);
-            }
-            c += LANES;
-        }
-        while c < width {
-            if n == ROWS {
-                add_group::<S, N, K, M, 1, ROWS>(&part, &v, &w, &mut sums, width, c, f);
-            } else {
-                add_group::<S, N, K, M, 1, 1>(&part, &v, &w, &mut sums, width, c, f);
-            }
-            c += 1;
-        }
-        r += n;
+        add_some::<S, N, K, M, 1>(x.map(|x| &x[r * width..]), &v, weights.map(|w| &w[r..]), &mut sums, f);
+        r += 1;
+    }
+}
+
+/// Adds the first `B` rows.
+#[inline(always)]
+fn add_some<S: Storage, const N: usize, const K: usize, const M: usize, const B: usize>(
+    x: [&[S]; N],
+    v: &[&[S::Real]; K],
+    weights: Option<&[S::Real]>,
+    sums: &mut [&mut [S::Real]; M],
+    f: &impl Fn([S::Real; N], [S::Real; K], S::Real) -> [S::Real; M],
+) {
+    // Every slice gets the same length here, so that the loops below need no bounds checks.
+    let width = sums[0].len();
+    let rows: [[&[S]; B]; N] = from_fn(|k| from_fn(|b| &x[k][b * width..][..width]));
+    let v = v.map(|v| &v[..width]);
+    let mut sums = sums.each_mut().map(|sums| &mut sums[..width]);
+    let w: [S::Real; B] = from_fn(|b| weights.map_or(S::Real::ONE, |w| w[b]));
+    let mut c = 0;
+    while c + LANES <= width {
+        add_group::<S, N, K, M, B, LANES>(&rows, &v, &w, &mut sums, c, f);
+        c += LANES;
+    }
+    while c < width {
+        add_group::<S, N, K, M, B, 1>(&rows, &v, &w, &mut sums, c, f);
+        c += 1;
     }
 }
 
 #[inline(always)]
-fn add_group<S: Storage, const N: usize, const K: usize, const M: usize, const L: usize, const B: usize>(
-    x: &[&[S]; N],
+fn add_group<S: Storage, const N: usize, const K: usize, const M: usize, const B: usize, const L: usize>(
+    rows: &[[&[S]; B]; N],
     v: &[&[S::Real]; K],
-    w: &[S::Real; ROWS],
+    w: &[S::Real; B],
     sums: &mut [&mut [S::Real]; M],
-    width: usize,
     c: usize,
     f: &impl Fn([S::Real; N], [S::Real; K], S::Real) -> [S::Real; M],
 ) {
     let v: [[S::Real; L]; K] = from_fn(|k| S::Real::load(&v[k][c..c + L]));
     let mut lanes: [[S::Real; L]; M] = from_fn(|m| S::Real::load(&sums[m][c..c + L]));
     for b in 0..B {
-        let x: [[S::Real; L]; N] = from_fn(|k| S::load(&x[k][b * width + c..b * width + c + L]));
+        let x: [[S::Real; L]; N] = from_fn(|k| S::load(&rows[k][b][c..c + L]));
         for l in 0..L {
             let values = f(from_fn(|k| x[k][l]), from_fn(|k| v[k][l]), w[b]);
             for m in 0..M {
@@ -276,7 +298,7 @@ struct Apply<'a, S: Storage> {
     residual: Option<&'a [S]>,
     vectors: [&'a [S::Real]; 4],
     floor: S::Real,
-    stream: bool,
+    stores: Stores,
     y: &'a mut [S],
 }
 
@@ -295,8 +317,8 @@ pub(super) fn apply<S: Storage>(
     let times = fold(shape.channels, ROW.min(shape.len()));
     let scale = scale(&affine);
     let vectors = [affine.hi, affine.lo, &scale, affine.beta].map(|v| repeat(v, times));
-    let stream = streams(y, shape.channels * times);
-    launch(Apply { x, residual, vectors: from_fn(|k| &*vectors[k]), floor: floor(relu), stream, y });
+    let stores = Stores::joined(y, shape.channels * times);
+    launch(Apply { x, residual, vectors: from_fn(|k| &*vectors[k]), floor: floor(relu), stores, y });
 }
 
 impl<S: Storage> Kernel for Apply<'_, S> {
@@ -316,17 +338,16 @@ impl<S: Storage> Kernel for Apply<'_, S> {
 
     #[inline(always)]
     fn run(self) {
-        let Self { vectors, floor, stream, .. } = self;
+        let Self { vectors, floor, stores, .. } = self;
         let width = vectors[0].len().max(1);
-        // Last row first: the end of the array was read last and may still be in cache.
-        for (r, y) in self.y.chunks_mut(width).enumerate().rev() {
+        for (r, y) in self.y.chunks_mut(width).enumerate() {
             let at = r * width..r * width + y.len();
             let x = &self.x[at.clone()];
             match self.residual {
-                None => map([x], vectors, [y], stream, |[x], [hi, lo, scale, beta]| {
+                None => map([x], vectors, [y], stores, |[x], [hi, lo, scale, beta]| {
                     [floored(centred(x, hi, lo) * scale + beta, floor)]
                 }),
-                Some(r) => map([x, &r[at]], vectors, [y], stream, |[x, r], [hi, lo, scale, beta]| {
+                Some(r) => map([x, &r[at]], vectors, [y], stores, |[x, r], [hi, lo, scale, beta]| {
                     [floored(centred(x, hi, lo) * scale + beta + r, floor)]
                 }),
             }

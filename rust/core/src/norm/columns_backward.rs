@@ -3,7 +3,7 @@
 use super::columns::{ColumnSums, ROW, block_rows, cut, fold, repeat, scale};
 use super::{Data, Shape, Sums, Upstream, centred, gradient, masked};
 use crate::kernel::{Kernel, launch};
-use crate::lanes::{map, streams};
+use crate::lanes::{Stores, map};
 use crate::real::Real;
 use crate::simd;
 use crate::storage::Storage;
@@ -104,7 +104,7 @@ struct Apply<'a, S: Storage> {
     weights: Option<&'a [S::Real]>,
     relu: bool,
     vectors: [&'a [S::Real]; 6],
-    stream: bool,
+    stores: Stores,
     dx: &'a mut [S],
     dresidual: Option<&'a mut [S]>,
 }
@@ -123,8 +123,8 @@ pub(super) fn apply<S: Storage>(
     let scale = scale(&affine);
     let vectors = [affine.hi, affine.lo, &scale, affine.beta, mean_dy, slope].map(|v| repeat(v, times));
     let vectors = from_fn(|k| &*vectors[k]);
-    let stream = streams(dx, shape.channels * times);
-    launch(Apply { dy, x, residual, weights, relu, vectors, stream, dx, dresidual });
+    let stores = Stores::joined(dx, shape.channels * times);
+    launch(Apply { dy, x, residual, weights, relu, vectors, stores, dx, dresidual });
 }
 
 impl<S: Storage> Kernel for Apply<'_, S> {
@@ -141,7 +141,7 @@ impl<S: Storage> Kernel for Apply<'_, S> {
         let residual = self.residual.map(|r| r.split_at(at)).unzip();
         let weights = self.weights.map(|w| w.split_at(at / width)).unzip();
         let dresidual = self.dresidual.map(|d| d.split_at_mut(at)).unzip();
-        let Self { relu, vectors, stream, .. } = self;
+        let Self { relu, vectors, stores, .. } = self;
         Ok((
             Self {
                 dy: dy.0,
@@ -152,7 +152,7 @@ impl<S: Storage> Kernel for Apply<'_, S> {
                 dresidual: dresidual.0,
                 relu,
                 vectors,
-                stream,
+                stores,
             },
             Self {
                 dy: dy.1,
@@ -163,33 +163,33 @@ impl<S: Storage> Kernel for Apply<'_, S> {
                 dresidual: dresidual.1,
                 relu,
                 vectors,
-                stream,
+                stores,
             },
         ))
     }
 
     #[inline(always)]
     fn run(self) {
-        let Self { relu, vectors, stream, mut dresidual, .. } = self;
+        let Self { relu, vectors, stores, mut dresidual, .. } = self;
         let width = vectors[0].len().max(1);
-        for (r, dx) in self.dx.chunks_mut(width).enumerate().rev() {
+        for (r, dx) in self.dx.chunks_mut(width).enumerate() {
             let at = r * width..r * width + dx.len();
             let (dy, x) = (&self.dy[at.clone()], &self.x[at.clone()]);
             let w = self.weights.map_or(S::Real::ONE, |w| w[r]);
             let residual = self.residual.map(|r| &r[at.clone()]);
             match (relu, residual.zip(dresidual.as_deref_mut())) {
-                (false, _) => map([dy, x], vectors, [dx], stream, |[dy, x], [hi, lo, scale, _, mean_dy, slope]| {
+                (false, _) => map([dy, x], vectors, [dx], stores, |[dy, x], [hi, lo, scale, _, mean_dy, slope]| {
                     [gradient(dy, centred(x, hi, lo), scale, mean_dy * w, slope * w)]
                 }),
                 (true, None) => {
-                    map([dy, x], vectors, [dx], stream, |[dy, x], [hi, lo, scale, beta, mean_dy, slope]| {
+                    map([dy, x], vectors, [dx], stores, |[dy, x], [hi, lo, scale, beta, mean_dy, slope]| {
                         let d = centred(x, hi, lo);
                         [gradient(masked(dy, d * scale + beta), d, scale, mean_dy * w, slope * w)]
                     })
                 }
                 (true, Some((r, dr))) => {
                     let out = [dx, &mut dr[at]];
-                    map([dy, x, r], vectors, out, stream, |[dy, x, r], [hi, lo, scale, beta, mean_dy, slope]| {
+                    map([dy, x, r], vectors, out, stores, |[dy, x, r], [hi, lo, scale, beta, mean_dy, slope]| {
                         let d = centred(x, hi, lo);
                         let dz = masked(dy, d * scale + beta + r);
                         [gradient(dz, d, scale, mean_dy * w, slope * w), dz]

@@ -150,6 +150,12 @@ impl<R: Real> Statistics<'_, R> {
     }
 }
 
+/// Whether training reads each element from memory once, because the slice of a channel stays in cache; `size` is the
+/// number of bytes read per element.
+pub fn one_pass(shape: Shape, size: usize) -> bool {
+    region::resident(shape, size)
+}
+
 /// Count, mean and centred second moment of every channel.
 pub fn stats<S: Storage>(data: Data<'_, S>) -> Channels {
     if data.shape.inner == 1 { columns::stats(data) } else { launch(planes::Stats::new(data)) }

@@ -4,10 +4,10 @@
 //! Small planes are walked in tiles of adjacent channels, so that memory is read in longer runs; what is added to what
 //! does not depend on the tile.
 
-use super::region::{Region, Samples, TILE, cut, pieces, tile, tiles};
+use super::region::{Block, Region, Samples, TILE, cut, pieces, tile, tiles};
 use super::{Affine, Data, Finish, Shape, Statistics, centred, floor, floored};
 use crate::kernel::{Kernel, launch};
-use crate::lanes::{Sum, map, streams};
+use crate::lanes::{Stores, Sum, map};
 use crate::moments::{Channels, about, conclude, inverse};
 use crate::real::Real;
 use crate::storage::Storage;
@@ -29,58 +29,25 @@ impl<'a, S: Storage> Stats<'a, S> {
     /// `tile.start`.
     #[inline(always)]
     fn tile(&self, tile: Range<usize>, state: &mut Channels) {
-        let (x, region) = (self.data.x, &self.region);
-        region.blocks(|planes, inner| {
-            let mut count = (planes.len() * inner.len()) as f64;
-            let mut plain = [0.0; TILE];
+        let mut plain_sums = [Sum::<S::Real, 1>::ZERO; TILE];
+        let mut sums = [Sum::<S::Real, 2>::ZERO; TILE];
+        let (mut plain, mut mean) = ([0.0; TILE], [S::Real::ZERO; TILE]);
+        let (mut block_mean, mut block_m2) = ([0.0; TILE], [0.0; TILE]);
+        let mut blocks = self.region.blocks().peekable();
+        while let Some(block) = blocks.next() {
             // First look: the mean of each channel, rounded.
-            if let Some(weights) = self.data.weights {
-                let mut sums = [Sum::<S::Real, 2>::ZERO; TILE];
-                for n in planes.clone() {
-                    let w = &weights[region.weight_at(n, &inner)];
-                    for c in tile.clone() {
-                        sums[c - tile.start].add([&x[region.at(n, c, &inner)]], [w], |[x], [w]| {
-                            [w, if w == S::Real::ZERO { w } else { w * x }]
-                        });
-                    }
-                }
-                for t in 0..tile.len() {
-                    let [weight, sum] = sums[t].total();
-                    count = weight;
-                    plain[t] = sum * inverse(weight);
-                }
-            } else {
-                let mut sums = [Sum::<S::Real, 1>::ZERO; TILE];
-                for n in planes.clone() {
-                    for c in tile.clone() {
-                        sums[c - tile.start].add([&x[region.at(n, c, &inner)]], [], |[x], []| [x]);
-                    }
-                }
-                for t in 0..tile.len() {
-                    plain[t] = sums[t].total()[0] * inverse(count);
-                }
+            let count = match self.data.weights {
+                None => self.plain_means(&tile, &block, &mut plain_sums, &mut plain),
+                Some(weights) => self.weighted_means(&tile, &block, weights, &mut sums, &mut plain),
+            };
+            for t in 0..tile.len() {
+                mean[t] = about::<S>(plain[t]);
             }
-            let mut mean = plain.map(about::<S>);
             // Second look: squares about that mean; a third with a better one where it is worth it.
-            let (mut block_mean, mut block_m2) = ([0.0; TILE], [0.0; TILE]);
             for look in 0..2 {
-                let mut sums = [Sum::<S::Real, 2>::ZERO; TILE];
-                for n in planes.clone() {
-                    for c in tile.clone() {
-                        let (run, t) = (&x[region.at(n, c, &inner)], c - tile.start);
-                        let mean = mean[t];
-                        if let Some(weights) = self.data.weights {
-                            sums[t].add([run], [&weights[region.weight_at(n, &inner)]], |[x], [w]| {
-                                let d = if w == S::Real::ZERO { w } else { x - mean };
-                                [w * d, w * d * d]
-                            });
-                        } else {
-                            sums[t].add([run], [], |[x], []| {
-                                let d = x - mean;
-                                [d, d * d]
-                            });
-                        }
-                    }
+                match self.data.weights {
+                    None => self.squares(&tile, &block, blocks.peek(), &mean, &mut sums),
+                    Some(weights) => self.weighted_squares(&tile, &block, weights, &mean, &mut sums),
                 }
                 let mut settled = true;
                 for t in 0..tile.len() {
@@ -97,7 +64,108 @@ impl<'a, S: Storage> Stats<'a, S> {
                 }
             }
             state.absorb(count, &block_mean[..tile.len()], &block_m2[..tile.len()]);
-        });
+        }
+    }
+
+    /// Writes the mean of a block for each channel and returns the block's count.
+    #[inline(always)]
+    fn plain_means(
+        &self,
+        tile: &Range<usize>,
+        (planes, inner): &Block,
+        sums: &mut [Sum<S::Real, 1>; TILE],
+        means: &mut [f64; TILE],
+    ) -> f64 {
+        sums[..tile.len()].fill(Sum::ZERO);
+        for n in planes.clone() {
+            for c in tile.clone() {
+                let run = &self.data.x[self.region.at(n, c, inner)];
+                sums[c - tile.start].add([run], [], [], |[x], []| [x]);
+            }
+        }
+        let count = (planes.len() * inner.len()) as f64;
+        for t in 0..tile.len() {
+            means[t] = sums[t].total()[0] * inverse(count);
+        }
+        count
+    }
+
+    #[inline(always)]
+    fn weighted_means(
+        &self,
+        tile: &Range<usize>,
+        (planes, inner): &Block,
+        weights: &[S::Real],
+        sums: &mut [Sum<S::Real, 2>; TILE],
+        means: &mut [f64; TILE],
+    ) -> f64 {
+        sums[..tile.len()].fill(Sum::ZERO);
+        for n in planes.clone() {
+            let w = &weights[self.region.weight_at(n, inner)];
+            for c in tile.clone() {
+                let run = &self.data.x[self.region.at(n, c, inner)];
+                sums[c - tile.start].add([run], [w], [], |[x], [w]| [w, if w == S::Real::ZERO { w } else { w * x }]);
+            }
+        }
+        let mut count = 0.0;
+        for t in 0..tile.len() {
+            let [weight, sum] = sums[t].total();
+            count = weight;
+            means[t] = sum * inverse(weight);
+        }
+        count
+    }
+
+    /// Sums the differences from `mean` and their squares. Meanwhile memory fetches the next block.
+    #[inline(always)]
+    fn squares(
+        &self,
+        tile: &Range<usize>,
+        (planes, inner): &Block,
+        next: Option<&Block>,
+        mean: &[S::Real; TILE],
+        sums: &mut [Sum<S::Real, 2>; TILE],
+    ) {
+        sums[..tile.len()].fill(Sum::ZERO);
+        for n in planes.clone() {
+            for c in tile.clone() {
+                let run = &self.data.x[self.region.at(n, c, inner)];
+                let ahead = match next {
+                    Some((next, inner)) if n - planes.start < next.len() => {
+                        &self.data.x[self.region.at(next.start + n - planes.start, c, inner)]
+                    }
+                    _ => &[],
+                };
+                let mean = mean[c - tile.start];
+                sums[c - tile.start].add([run], [], [ahead], |[x], []| {
+                    let d = x - mean;
+                    [d, d * d]
+                });
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn weighted_squares(
+        &self,
+        tile: &Range<usize>,
+        (planes, inner): &Block,
+        weights: &[S::Real],
+        mean: &[S::Real; TILE],
+        sums: &mut [Sum<S::Real, 2>; TILE],
+    ) {
+        sums[..tile.len()].fill(Sum::ZERO);
+        for n in planes.clone() {
+            let w = &weights[self.region.weight_at(n, inner)];
+            for c in tile.clone() {
+                let run = &self.data.x[self.region.at(n, c, inner)];
+                let mean = mean[c - tile.start];
+                sums[c - tile.start].add([run], [w], [], |[x], [w]| {
+                    let d = if w == S::Real::ZERO { w } else { x - mean };
+                    [w * d, w * d * d]
+                });
+            }
+        }
     }
 }
 
@@ -120,13 +188,13 @@ impl<S: Storage> Kernel for Stats<'_, S> {
     fn run(self) -> Channels {
         let channels = self.region.channels.clone();
         let mut all = Channels::empty(channels.start, 0);
-        tiles(&channels, tile(self.data.shape, size_of::<S>()), |tile| {
+        for tile in tiles(&channels, tile(self.data.shape, size_of::<S>())) {
             let mut state = Channels::empty(tile.start, tile.len());
             self.tile(tile, &mut state);
             all.count = state.count;
             all.mean.extend(&state.mean);
             all.m2.extend(&state.m2);
-        });
+        }
         all
     }
 
@@ -143,12 +211,12 @@ fn normalise<S: Storage>(
     [hi, lo, rstd, gamma, beta]: [S::Real; 5],
     floor: S::Real,
     y: &mut [S],
-    stream: bool,
+    stores: Stores,
 ) {
     let scale = gamma * rstd;
     match residual {
-        None => map([x], [], [y], stream, |[x], []| [floored(centred(x, hi, lo) * scale + beta, floor)]),
-        Some(r) => map([x, r], [], [y], stream, |[x, r], []| [floored(centred(x, hi, lo) * scale + beta + r, floor)]),
+        None => map([x], [], [y], stores, |[x], []| [floored(centred(x, hi, lo) * scale + beta, floor)]),
+        Some(r) => map([x, r], [], [y], stores, |[x, r], []| [floored(centred(x, hi, lo) * scale + beta + r, floor)]),
     }
 }
 
@@ -160,7 +228,7 @@ struct Apply<'a, S: Storage> {
     floor: S::Real,
     shape: Shape,
     start: usize,
-    stream: bool,
+    stores: Stores,
     y: &'a mut [S],
 }
 
@@ -173,8 +241,8 @@ pub(super) fn apply<S: Storage>(
     relu: bool,
     y: &mut [S],
 ) {
-    let stream = streams(y, shape.inner);
-    launch(Apply { x, residual, affine, floor: floor(relu), shape, start: 0, stream, y });
+    let stores = Stores::joined(y, shape.inner);
+    launch(Apply { x, residual, affine, floor: floor(relu), shape, start: 0, stores, y });
 }
 
 impl<S: Storage> Kernel for Apply<'_, S> {
@@ -194,10 +262,10 @@ impl<S: Storage> Kernel for Apply<'_, S> {
 
     #[inline(always)]
     fn run(self) {
-        pieces(self.shape, self.start, self.y.len(), |c, run| {
+        for (c, run) in pieces(self.shape, self.start, self.y.len()) {
             let residual = self.residual.map(|r| &r[run.clone()]);
-            normalise(&self.x[run.clone()], residual, self.affine.one(c), self.floor, &mut self.y[run], self.stream);
-        });
+            normalise(&self.x[run.clone()], residual, self.affine.one(c), self.floor, &mut self.y[run], self.stores);
+        }
     }
 
     fn merge(_: (), _: ()) {}
@@ -211,7 +279,7 @@ pub struct Train<'a, S: Storage> {
     beta: &'a [S::Real],
     residual: Option<&'a [S]>,
     floor: S::Real,
-    stream: bool,
+    stores: Stores,
     out: Statistics<'a, S::Real>,
     y: Samples<'a, S>,
 }
@@ -228,9 +296,9 @@ impl<'a, S: Storage> Train<'a, S> {
         out: Statistics<'a, S::Real>,
         y: &'a mut [S],
     ) -> Self {
-        let stream = streams(y, data.shape.inner);
+        let stores = Stores::apart(y, data.shape.inner);
         let y = Samples::new(y, data.shape);
-        Self { stats: Stats::new(data), rule, gamma, beta, residual, floor: floor(relu), stream, out, y }
+        Self { stats: Stats::new(data), rule, gamma, beta, residual, floor: floor(relu), stores, out, y }
     }
 }
 
@@ -257,7 +325,7 @@ impl<S: Storage> Kernel for Train<'_, S> {
             .unzip();
         let (y_left, y_right) = self.y.split(n * left.shape.inner);
         let data = self.stats.data;
-        let (rule, residual, floor, stream) = (self.rule, self.residual, self.floor, self.stream);
+        let (rule, residual, floor, stores) = (self.rule, self.residual, self.floor, self.stores);
         let ((gamma_left, gamma_right), (beta_left, beta_right)) = (self.gamma.split_at(n), self.beta.split_at(n));
         Ok((
             Self {
@@ -269,7 +337,7 @@ impl<S: Storage> Kernel for Train<'_, S> {
                 rule,
                 residual,
                 floor,
-                stream,
+                stores,
             },
             Self {
                 stats: Stats { data, region: right },
@@ -280,7 +348,7 @@ impl<S: Storage> Kernel for Train<'_, S> {
                 rule,
                 residual,
                 floor,
-                stream,
+                stores,
             },
         ))
     }
@@ -290,7 +358,7 @@ impl<S: Storage> Kernel for Train<'_, S> {
         let Region { shape, channels, .. } = self.stats.region.clone();
         let first = channels.start;
         let mut all = Channels::empty(first, 0);
-        tiles(&channels, tile(shape, size_of::<S>()), |tile| {
+        for tile in tiles(&channels, tile(shape, size_of::<S>())) {
             let mut state = Channels::empty(tile.start, tile.len());
             self.stats.tile(tile.clone(), &mut state);
             for t in 0..tile.len() {
@@ -304,13 +372,13 @@ impl<S: Storage> Kernel for Train<'_, S> {
                     let y = &mut y[(c - first) * shape.inner..(c - first + 1) * shape.inner];
                     let residual = self.residual.map(|r| &r[at.clone()]);
                     let x = &self.stats.data.x[at];
-                    normalise(x, residual, affine.one(c - first), self.floor, y, self.stream);
+                    normalise(x, residual, affine.one(c - first), self.floor, y, self.stores);
                 }
             }
             all.count = state.count;
             all.mean.extend(&state.mean);
             all.m2.extend(&state.m2);
-        });
+        }
         all
     }
 

@@ -3,7 +3,7 @@
 use super::region::{Region, Samples, TILE, cut, pieces, tile, tiles};
 use super::{Shape, Sums, Upstream, centred, gradient, masked, mean_dy, slope};
 use crate::kernel::{Kernel, launch};
-use crate::lanes::{Sum, map, streams};
+use crate::lanes::{Stores, Sum, map};
 use crate::storage::Storage;
 use std::ops::Range;
 
@@ -23,23 +23,27 @@ impl<'a, S: Storage> Reduce<'a, S> {
     #[inline(always)]
     fn tile(&self, tile: Range<usize>, state: &mut Sums) {
         let Upstream { dy, data, affine, residual, relu } = self.up;
-        self.region.blocks(|planes, inner| {
-            let mut sums = [Sum::<S::Real, 2>::ZERO; TILE];
+        let mut sums = [Sum::<S::Real, 2>::ZERO; TILE];
+        // Memory fetches the plane of the next sample meanwhile.
+        let stride = data.shape.channels * data.shape.inner;
+        for (planes, inner) in self.region.blocks() {
+            sums[..tile.len()].fill(Sum::ZERO);
             for n in planes {
                 for c in tile.clone() {
                     let at = self.region.at(n, c, &inner);
+                    let ahead = [dy, data.x].map(|a| a.get(at.start + stride..at.end + stride).unwrap_or(&[]));
                     let (dy, x) = (&dy[at.clone()], &data.x[at.clone()]);
                     let [hi, lo, rstd, gamma, beta] = affine.one(c);
                     let scale = gamma * rstd;
                     let sum = &mut sums[c - tile.start];
                     match (relu, residual) {
-                        (false, _) => sum.add([dy, x], [], |[dy, x], []| [dy, dy * (centred(x, hi, lo) * rstd)]),
-                        (true, None) => sum.add([dy, x], [], |[dy, x], []| {
+                        (false, _) => sum.add([dy, x], [], ahead, |[dy, x], []| [dy, dy * (centred(x, hi, lo) * rstd)]),
+                        (true, None) => sum.add([dy, x], [], ahead, |[dy, x], []| {
                             let d = centred(x, hi, lo);
                             let dz = masked(dy, d * scale + beta);
                             [dz, dz * (d * rstd)]
                         }),
-                        (true, Some(r)) => sum.add([dy, x, &r[at]], [], |[dy, x, r], []| {
+                        (true, Some(r)) => sum.add([dy, x, &r[at]], [], ahead, |[dy, x, r], []| {
                             let d = centred(x, hi, lo);
                             let dz = masked(dy, d * scale + beta + r);
                             [dz, dz * (d * rstd)]
@@ -52,7 +56,7 @@ impl<'a, S: Storage> Reduce<'a, S> {
                 state.dy[t] += dy;
                 state.dy_xhat[t] += dy_xhat;
             }
-        });
+        }
     }
 }
 
@@ -75,12 +79,12 @@ impl<S: Storage> Kernel for Reduce<'_, S> {
     fn run(self) -> Sums {
         let channels = self.region.channels.clone();
         let mut all = Sums::zero(channels.start, 0);
-        tiles(&channels, tile(self.up.data.shape, size_of::<S>()), |tile| {
+        for tile in tiles(&channels, tile(self.up.data.shape, size_of::<S>())) {
             let mut state = Sums::zero(tile.start, tile.len());
             self.tile(tile, &mut state);
             all.dy.extend(&state.dy);
             all.dy_xhat.extend(&state.dy_xhat);
-        });
+        }
         all
     }
 
@@ -99,7 +103,7 @@ fn write<S: Storage>(
     [mean_dy, slope]: [S::Real; 2],
     dx: &mut [S],
     dresidual: Option<&mut [S]>,
-    stream: bool,
+    stores: Stores,
 ) {
     let [hi, lo, rstd, gamma, beta] = up.affine.one(c);
     let scale = gamma * rstd;
@@ -109,22 +113,22 @@ fn write<S: Storage>(
     let behind = |dy, d| masked(dy, d * scale + beta);
     let behind_sum = |dy, d, r| masked(dy, d * scale + beta + r);
     match (up.relu, up.residual.map(|r| &r[at]).zip(dresidual), weights) {
-        (false, _, None) => map([dy, x], [], [dx], stream, |[dy, x], []| [plain(dy, centred(x, hi, lo))]),
-        (false, _, Some(w)) => map([dy, x], [w], [dx], stream, |[dy, x], [w]| [weighted(dy, centred(x, hi, lo), w)]),
-        (true, None, None) => map([dy, x], [], [dx], stream, |[dy, x], []| {
+        (false, _, None) => map([dy, x], [], [dx], stores, |[dy, x], []| [plain(dy, centred(x, hi, lo))]),
+        (false, _, Some(w)) => map([dy, x], [w], [dx], stores, |[dy, x], [w]| [weighted(dy, centred(x, hi, lo), w)]),
+        (true, None, None) => map([dy, x], [], [dx], stores, |[dy, x], []| {
             let d = centred(x, hi, lo);
             [plain(behind(dy, d), d)]
         }),
-        (true, None, Some(w)) => map([dy, x], [w], [dx], stream, |[dy, x], [w]| {
+        (true, None, Some(w)) => map([dy, x], [w], [dx], stores, |[dy, x], [w]| {
             let d = centred(x, hi, lo);
             [weighted(behind(dy, d), d, w)]
         }),
-        (true, Some((r, dr)), None) => map([dy, x, r], [], [dx, dr], stream, |[dy, x, r], []| {
+        (true, Some((r, dr)), None) => map([dy, x, r], [], [dx, dr], stores, |[dy, x, r], []| {
             let d = centred(x, hi, lo);
             let dz = behind_sum(dy, d, r);
             [plain(dz, d), dz]
         }),
-        (true, Some((r, dr)), Some(w)) => map([dy, x, r], [w], [dx, dr], stream, |[dy, x, r], [w]| {
+        (true, Some((r, dr)), Some(w)) => map([dy, x, r], [w], [dx, dr], stores, |[dy, x, r], [w]| {
             let d = centred(x, hi, lo);
             let dz = behind_sum(dy, d, r);
             [weighted(dz, d, w), dz]
@@ -138,7 +142,7 @@ struct Apply<'a, S: Storage> {
     mean_dy: &'a [S::Real],
     slope: &'a [S::Real],
     start: usize,
-    stream: bool,
+    stores: Stores,
     dx: &'a mut [S],
     dresidual: Option<&'a mut [S]>,
 }
@@ -151,8 +155,8 @@ pub(super) fn apply<S: Storage>(
     dx: &mut [S],
     dresidual: Option<&mut [S]>,
 ) {
-    let stream = streams(dx, up.data.shape.inner);
-    launch(Apply { up, mean_dy, slope, start: 0, stream, dx, dresidual });
+    let stores = Stores::joined(dx, up.data.shape.inner);
+    launch(Apply { up, mean_dy, slope, start: 0, stores, dx, dresidual });
 }
 
 impl<S: Storage> Kernel for Apply<'_, S> {
@@ -164,12 +168,12 @@ impl<S: Storage> Kernel for Apply<'_, S> {
 
     fn halve(self) -> Result<(Self, Self), Self> {
         let Some(at) = cut(self.dx.len()) else { return Err(self) };
-        let Self { up, mean_dy, slope, start, stream, dx, dresidual } = self;
+        let Self { up, mean_dy, slope, start, stores, dx, dresidual } = self;
         let dx = dx.split_at_mut(at);
         let (left, right) = dresidual.map(|d| d.split_at_mut(at)).unzip();
         Ok((
-            Self { up, mean_dy, slope, start, stream, dx: dx.0, dresidual: left },
-            Self { up, mean_dy, slope, start: start + at, stream, dx: dx.1, dresidual: right },
+            Self { up, mean_dy, slope, start, stores, dx: dx.0, dresidual: left },
+            Self { up, mean_dy, slope, start: start + at, stores, dx: dx.1, dresidual: right },
         ))
     }
 
@@ -177,7 +181,7 @@ impl<S: Storage> Kernel for Apply<'_, S> {
     fn run(self) {
         let Self { up, start, dx, mut dresidual, .. } = self;
         let Shape { channels, inner, .. } = up.data.shape;
-        pieces(up.data.shape, start, dx.len(), |c, run| {
+        for (c, run) in pieces(up.data.shape, start, dx.len()) {
             let at = start + run.start..start + run.end;
             let weights = up.data.weights.map(|w| {
                 let place = at.start / (channels * inner) * inner + at.start % inner;
@@ -185,8 +189,8 @@ impl<S: Storage> Kernel for Apply<'_, S> {
             });
             let dresidual = dresidual.as_deref_mut().map(|d| &mut d[run.clone()]);
             let means = [self.mean_dy[c], self.slope[c]];
-            write(&up, at, weights, c, means, &mut dx[run], dresidual, self.stream);
-        });
+            write(&up, at, weights, c, means, &mut dx[run], dresidual, self.stores);
+        }
     }
 
     fn merge(_: (), _: ()) {}
@@ -196,7 +200,7 @@ impl<S: Storage> Kernel for Apply<'_, S> {
 pub struct Backward<'a, S: Storage> {
     reduce: Reduce<'a, S>,
     count: f64,
-    stream: bool,
+    stores: Stores,
     dx: Samples<'a, S>,
     dresidual: Option<Samples<'a, S>>,
 }
@@ -205,9 +209,9 @@ impl<'a, S: Storage> Backward<'a, S> {
     /// See [`super::backward`], which checks the lengths.
     pub(super) fn new(up: Upstream<'a, S>, count: f64, dx: &'a mut [S], dresidual: Option<&'a mut [S]>) -> Self {
         let shape = up.data.shape;
-        let stream = streams(dx, shape.inner);
+        let stores = Stores::apart(dx, shape.inner);
         let dresidual = dresidual.map(|d| Samples::new(d, shape));
-        Self { reduce: Reduce::new(up), count, stream, dx: Samples::new(dx, shape), dresidual }
+        Self { reduce: Reduce::new(up), count, stores, dx: Samples::new(dx, shape), dresidual }
     }
 }
 
@@ -219,16 +223,16 @@ impl<S: Storage> Kernel for Backward<'_, S> {
     }
 
     fn halve(self) -> Result<(Self, Self), Self> {
-        let Self { reduce: Reduce { up, region }, count, stream, dx, dresidual } = self;
+        let Self { reduce: Reduce { up, region }, count, stores, dx, dresidual } = self;
         let Some((left, right)) = region.clone().halve_tiles(tile(up.data.shape, size_of::<S>())) else {
-            return Err(Self { reduce: Reduce { up, region }, count, stream, dx, dresidual });
+            return Err(Self { reduce: Reduce { up, region }, count, stores, dx, dresidual });
         };
         let at = left.channels.len() * up.data.shape.inner;
         let dx = dx.split(at);
         let dresidual = dresidual.map(|d| d.split(at)).unzip();
         Ok((
-            Self { reduce: Reduce { up, region: left }, count, stream, dx: dx.0, dresidual: dresidual.0 },
-            Self { reduce: Reduce { up, region: right }, count, stream, dx: dx.1, dresidual: dresidual.1 },
+            Self { reduce: Reduce { up, region: left }, count, stores, dx: dx.0, dresidual: dresidual.0 },
+            Self { reduce: Reduce { up, region: right }, count, stores, dx: dx.1, dresidual: dresidual.1 },
         ))
     }
 
@@ -239,7 +243,7 @@ impl<S: Storage> Kernel for Backward<'_, S> {
         let channels = self.reduce.region.channels.clone();
         let first = channels.start;
         let mut all = Sums::zero(first, 0);
-        tiles(&channels, tile(up.data.shape, size_of::<S>()), |tile| {
+        for tile in tiles(&channels, tile(up.data.shape, size_of::<S>())) {
             let mut state = Sums::zero(tile.start, tile.len());
             self.reduce.tile(tile.clone(), &mut state);
             for n in 0..outer {
@@ -252,12 +256,12 @@ impl<S: Storage> Kernel for Backward<'_, S> {
                     let means = [mean_dy(state.dy[t], self.count), slope];
                     let dx = &mut self.dx.0[n][run.clone()];
                     let dresidual = self.dresidual.as_mut().map(|d| &mut d.0[n][run]);
-                    write(&up, at, weights, c, means, dx, dresidual, self.stream);
+                    write(&up, at, weights, c, means, dx, dresidual, self.stores);
                 }
             }
             all.dy.extend(&state.dy);
             all.dy_xhat.extend(&state.dy_xhat);
-        });
+        }
         all
     }
 

@@ -24,6 +24,9 @@ pub(super) fn tile(shape: Shape, size: usize) -> usize {
     RUN_BYTES.div_ceil((shape.inner * size).max(1)).clamp(1, TILE)
 }
 
+/// Consecutive planes of a channel, and the places in them.
+pub(super) type Block = (Range<usize>, Range<usize>);
+
 /// A part of an array that splits by channels, then by samples, then inside the plane.
 #[derive(Clone)]
 pub(super) struct Region {
@@ -84,21 +87,15 @@ impl Region {
         (BLOCK / self.shape.inner.max(1)).max(1)
     }
 
-    /// Calls `f(planes, places in the plane)` for each block.
+    /// The blocks, in order.
     #[inline(always)]
-    pub(super) fn blocks(&self, mut f: impl FnMut(Range<usize>, Range<usize>)) {
-        let planes = self.block_planes();
-        let mut n = self.outer.start;
-        while n < self.outer.end {
-            let to = (n + planes).min(self.outer.end);
-            let mut i = self.inner.start;
-            while i < self.inner.end {
-                let end = (i + BLOCK).min(self.inner.end);
-                f(n..to, i..end);
-                i = end;
-            }
-            n = to;
-        }
+    pub(super) fn blocks(&self) -> impl Iterator<Item = Block> + use<> {
+        let (planes, outer, inner) = (self.block_planes(), self.outer.clone(), self.inner.clone());
+        let per_plane = inner.len().div_ceil(BLOCK);
+        (0..outer.len().div_ceil(planes) * per_plane).map(move |b| {
+            let (n, i) = (outer.start + b / per_plane * planes, inner.start + b % per_plane * BLOCK);
+            (n..(n + planes).min(outer.end), i..(i + BLOCK).min(inner.end))
+        })
     }
 
     /// Where the places `inner` of plane (n, c) lie in the array.
@@ -115,15 +112,11 @@ impl Region {
     }
 }
 
-/// Calls `f` for each tile of adjacent channels.
+/// The tiles of adjacent channels.
 #[inline(always)]
-pub(super) fn tiles(channels: &Range<usize>, step: usize, mut f: impl FnMut(Range<usize>)) {
-    let mut c = channels.start;
-    while c < channels.end {
-        let end = (c + step).min(channels.end);
-        f(c..end);
-        c = end;
-    }
+pub(super) fn tiles(channels: &Range<usize>, step: usize) -> impl Iterator<Item = Range<usize>> + use<> {
+    let Range { start, end } = *channels;
+    (start..end).step_by(step).map(move |c| c..(c + step).min(end))
 }
 
 /// The same range of every sample's channels: what a kernel that splits by channel writes to.
@@ -145,15 +138,12 @@ pub(super) fn cut(len: usize) -> Option<usize> {
     if len < 2 * BLOCK { None } else { Some(len / 2 / BLOCK * BLOCK) }
 }
 
-/// Calls `f(channel, run)` for each piece of a plane in elements `start..start + len`, last one first: the end of the
-/// array was read last and may still be in cache. The runs count from `start`.
+/// The pieces of planes in elements `start..start + len`: (channel, run), the run counted from `start`.
 #[inline(always)]
-pub(super) fn pieces(shape: Shape, start: usize, len: usize, mut f: impl FnMut(usize, Range<usize>)) {
-    let mut end = start + len;
-    while end > start {
-        let plane = (end - 1) / shape.inner;
-        let from = (plane * shape.inner).max(start);
-        f(plane % shape.channels, from - start..end - start);
-        end = from;
-    }
+pub(super) fn pieces(shape: Shape, start: usize, len: usize) -> impl Iterator<Item = (usize, Range<usize>)> {
+    let (inner, end) = (shape.inner, start + len);
+    (start / inner..end.div_ceil(inner)).map(move |plane| {
+        let (from, to) = ((plane * inner).max(start), ((plane + 1) * inner).min(end));
+        (plane % shape.channels, from - start..to - start)
+    })
 }
