@@ -104,9 +104,7 @@ def batch_norm(
     if mean is None:
         count, mean, m2 = moments(x, axis, weights)
         var = m2 / count
-    xhat = (np.asarray(x, np.float64) - _channels(mean, x, axis, 0)) / np.sqrt(
-        _channels(var, x, axis, 1) + eps
-    )
+    xhat = (np.asarray(x, np.float64) - _channels(mean, x, axis, 0)) / np.sqrt(_channels(var, x, axis, 1) + eps)
     z = xhat * _channels(gamma, x, axis, 1) + _channels(beta, x, axis, 0)
     if residual is not None:
         z = z + np.asarray(residual, np.float64)

@@ -40,9 +40,7 @@ def assert_close(got, want, dtype, bound=None, scale=0.0):
         # The arithmetic is float32: a result that cancels keeps float32's error, relative to its neighbours.
         float32 = 2e-6 * max(np.linalg.norm(want), scale) / np.sqrt(max(want.size, 1))
         worst = np.abs(got - want) / (1.5 * ulp(want, dtype) + float32)
-        assert not (worst > 1).any() and not np.isnan(worst).any(), (
-            f"{np.nanmax(worst):.2f} times the allowed error"
-        )
+        assert not (worst > 1).any() and not np.isnan(worst).any(), f"{np.nanmax(worst):.2f} times the allowed error"
     else:
         bound = bound or {FLOAT64: 1e-13, FLOAT32: 2e-6}[dtype]
         error = relative_error(got, want, scale)
@@ -92,9 +90,7 @@ def refused(match, *watched):
 
 def plain(state):
     """A state dict as comparable values: arrays as (dtype, shape, bytes)."""
-    return {
-        k: (v.dtype.str, v.shape, v.tobytes()) if isinstance(v, np.ndarray) else v for k, v in state.items()
-    }
+    return {k: (v.dtype.str, v.shape, v.tobytes()) if isinstance(v, np.ndarray) else v for k, v in state.items()}
 
 
 def copied(state):

@@ -345,10 +345,7 @@ def test_a_step_copies_nothing(dtype, optimizer):
 def test_a_fill_copies_nothing(dtype):
     out = np.empty((500, 1000), dtype)
     for fill in (init.he_normal, init.he_uniform):
-        assert (
-            largest_allocation(lambda fill=fill: fill((500, 1000), seed=0, dtype=dtype, out=out))
-            < out.nbytes / 20
-        )
+        assert largest_allocation(lambda fill=fill: fill((500, 1000), seed=0, dtype=dtype, out=out)) < out.nbytes / 20
 
 
 MEMORY = """

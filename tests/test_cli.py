@@ -21,9 +21,7 @@ FAST = ("train", "--hidden", "16", "--epochs", "2")
 
 def kilter(*args, cwd, **kwargs):
     command = [sys.executable, "-m", "kilter", *map(str, args)]
-    return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False, **kwargs
-    )
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False, **kwargs)
 
 
 def assert_one_line(done, status, *words):
@@ -174,9 +172,7 @@ def test_bench_runs_the_parts_that_were_named(monkeypatch):
 
 @pytest.mark.parametrize("name", ["safetensors", "matplotlib", "tqdm"])
 def test_a_missing_extra_says_how_to_get_it(tmp_path, name):
-    script = (
-        f"import sys; sys.modules[{name!r}] = None; from kilter.cli import main; sys.exit(main(['train']))"
-    )
+    script = f"import sys; sys.modules[{name!r}] = None; from kilter.cli import main; sys.exit(main(['train']))"
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
     )

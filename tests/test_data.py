@@ -336,9 +336,7 @@ def test_without_shuffle_batches_are_views_in_order():
     batches = Batches(x, y, 6, seed=0, shuffle=False)
     for epoch in (0, 5):
         assert seen(batches, epoch).tolist() == list(range(20))
-        assert all(
-            np.shares_memory(part, x) and np.shares_memory(label, y) for part, label in batches.epoch(epoch)
-        )
+        assert all(np.shares_memory(part, x) and np.shares_memory(label, y) for part, label in batches.epoch(epoch))
     assert batches.order(3).tolist() == list(range(20))
 
 

@@ -59,12 +59,17 @@ def test_users_mistakes_are_not_asserted():
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_are_short(path):
-    assert len(path.read_text().splitlines()) <= 450
+    """About 400 lines of code: blank lines, comments and docstrings do not count."""
+    text = path.read_text()
+    if path.suffix == ".py":
+        text = re.sub(r'^\s*"""(?:.|\n)*?"""', "", text, flags=re.MULTILINE)
+    code = [line for line in text.splitlines() if line.strip() and not line.strip().startswith(("#", "//"))]
+    assert len(code) <= 400
 
 
 LAYERS = [
     {"cli", "__main__"},
-    {"experiments"},
+    {"experiments", "bench"},
     {"train"},
     {"nn", "data", "dist", "interop"},
     {"norm", "optim", "init", "stats", "schedule"},
@@ -95,7 +100,5 @@ def test_imports_point_down():
 def test_import_is_light():
     heavy = "matplotlib safetensors tqdm cupy torch sklearn scipy mpi4py"
     check = f"import sys, kilter; print(*[m for m in {heavy.split()} if m in sys.modules])"
-    done = subprocess.run(
-        [sys.executable, "-c", check], capture_output=True, text=True, check=True, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.split() == []

@@ -228,9 +228,7 @@ def test_fans_of_other_convolutions():
 
 
 @schemes
-@pytest.mark.parametrize(
-    ("shape", "layout"), [((40, 300), "oi"), ((16, 8, 3, 5), "oihw"), ((3, 5, 8, 16), "hwio")]
-)
+@pytest.mark.parametrize(("shape", "layout"), [((40, 300), "oi"), ((16, 8, 3, 5), "oihw"), ((3, 5, 8, 16), "hwio")])
 def test_layouts_only_change_the_scale(scheme, shape, layout):
     kind, is_uniform = SCHEMES[scheme]
     scale = reference.deviation(kind, shape, layout) * (np.sqrt(3) if is_uniform else 1)

@@ -47,9 +47,7 @@ def test_a_last_batch_of_one_sample_is_left_out_with_batch_norm(tmp_path):
     x, y = blobs(65)
     np.savez(tmp_path / "d.npz", x_train=x, y_train=y, x_test=x, y_test=y)
     for norm, steps in (("batch", 2), ("none", 3)):
-        job = train.Job(
-            train.Config(data=str(tmp_path / "d.npz"), norm=norm, batch_size=32, epochs=1), tmp_path / norm
-        )
+        job = train.Job(train.Config(data=str(tmp_path / "d.npz"), norm=norm, batch_size=32, epochs=1), tmp_path / norm)
         job.run()
         assert job.optimizer.calls == steps
     assert job.name == "d"

@@ -139,9 +139,7 @@ def test_a_composite_of_attributes_has_dotted_names():
 
 def test_linear_is_he_normal_by_default_and_takes_other_inits():
     layer = nn.Linear(30, 20, seed=5, stream=2)
-    np.testing.assert_array_equal(
-        layer.params()["weight"], init.he_normal((30, 20), seed=5, stream=2, layout="io")
-    )
+    np.testing.assert_array_equal(layer.params()["weight"], init.he_normal((30, 20), seed=5, stream=2, layout="io"))
     assert not layer.params()["bias"].any()
     other = nn.Linear(30, 20, seed=5, stream=2, init=init.xavier_uniform)
     np.testing.assert_array_equal(other.params()["weight"], init.xavier_uniform((30, 20), seed=5, stream=2))
@@ -359,9 +357,7 @@ def test_to_converts_parameters_and_statistics(dtype):
         np.testing.assert_allclose(np.asarray(after[name], F64), value, rtol=0.005, err_msg=name)
     y = model(randn(4, 6).astype(dtype))
     assert y.dtype == model.backward(y).dtype == dtype
-    assert all(
-        g.dtype == p.dtype for g, p in zip(model.grads().values(), model.params().values(), strict=True)
-    )
+    assert all(g.dtype == p.dtype for g, p in zip(model.grads().values(), model.params().values(), strict=True))
 
 
 def test_a_model_can_be_copied_and_pickled():

@@ -70,9 +70,7 @@ def check(backend, x, dy, gamma=None, beta=None, *, axis=1, relu=False, residual
     assert_close(backend.numpy(y), want, dtype, bound)
     assert_close(m2 / count, var, arithmetic(dtype), max(bound or 0, 1e-13 if dtype == FLOAT64 else 1e-6))
     spread = np.linalg.norm(np.sqrt(var / count))
-    assert relative_error(backend.numpy(cache.moments.mean), mean, spread) < (
-        1e-6 if dtype != FLOAT64 else 1e-13
-    )
+    assert relative_error(backend.numpy(cache.moments.mean), mean, spread) < (1e-6 if dtype != FLOAT64 else 1e-13)
 
     reference_y = backend.numpy(y) if relu else None
     wanted = reference.batch_norm_backward(dy, x, gamma, y=reference_y, **common)
@@ -88,9 +86,7 @@ def check(backend, x, dy, gamma=None, beta=None, *, axis=1, relu=False, residual
             assert_close(backend.numpy(grad), expected, source.dtype, bound, scale)
 
     out, dx = backend.array(output_like(x)), backend.array(output_like(x))
-    y2, cache = batch_norm(
-        kx, kgamma, kbeta, axis=axis, activation=activation, residual=kresidual, out=out, **options
-    )
+    y2, cache = batch_norm(kx, kgamma, kbeta, axis=axis, activation=activation, residual=kresidual, out=out, **options)
     grads2 = batch_norm_backward(kdy, cache, out=dx)
     assert y2 is out and grads2.dx is dx
     assert same_bits(backend.numpy(y2), backend.numpy(y))
@@ -145,9 +141,7 @@ SHAPES = [  # (N, C, *spatial): lane tails, block edges, one channel, tiny and o
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_shapes(backend, rng, dtype, shape, last):
-    x, dy, r = (
-        np.moveaxis(rng.normal(size=shape), 1, -1 if last else 1).astype(dtype, "C") for _ in range(3)
-    )
+    x, dy, r = (np.moveaxis(rng.normal(size=shape), 1, -1 if last else 1).astype(dtype, "C") for _ in range(3))
     gamma, beta = rng.normal(size=(2, shape[1])).astype(arithmetic(dtype))
     check(backend, x, dy, gamma, beta, axis=-1 if last else 1, relu=True, residual=r)
 
@@ -207,34 +201,24 @@ DY = np.array([[1.0], [2.0], [-1.0], [0.5]])
 def test_v1():
     y, cache = batch_norm(X, GAMMA, BETA)
     assert (cache.moments.mean, cache.moments.m2, cache.moments.count) == (5, 20, 4)
-    np.testing.assert_allclose(
-        y[:, 0], [-1.683278889722, 0.105573703426, 1.894426296574, 3.683278889722], atol=1e-12
-    )
+    np.testing.assert_allclose(y[:, 0], [-1.683278889722, 0.105573703426, 1.894426296574, 3.683278889722], atol=1e-12)
     y, _ = batch_norm(X, GAMMA, BETA, eps=1e-8)
-    np.testing.assert_allclose(
-        y[:, 0], [-1.683281570316, 0.105572809895, 1.894427190105, 3.683281570316], atol=1e-12
-    )
+    np.testing.assert_allclose(y[:, 0], [-1.683281570316, 0.105572809895, 1.894427190105, 3.683281570316], atol=1e-12)
 
 
 def test_v2_training_and_frozen():
     running = RunningStats(1, dtype="float64")
     _, cache = batch_norm(X, GAMMA, BETA, running=running)
     dx, dgamma, dbeta, dresidual = batch_norm_backward(DY, cache)
-    np.testing.assert_allclose(
-        dx[:, 0], [-0.268326681499, 1.028590643551, -1.252197217695, 0.491933255643], atol=1e-12
-    )
+    np.testing.assert_allclose(dx[:, 0], [-0.268326681499, 1.028590643551, -1.252197217695, 0.491933255643], atol=1e-12)
     np.testing.assert_allclose([dgamma[0], dbeta[0]], [-2.012459167292, 2.5], atol=1e-12)
     assert dresidual is None
     np.testing.assert_allclose([running.mean[0], running.var[0]], [0.5, 1.566666666667], atol=1e-12)
 
     y, cache = batch_norm(X, GAMMA, BETA, running=running, training=False)
-    np.testing.assert_allclose(
-        y[:, 0], [3.396798736465, 6.592530385086, 9.788262033707, 12.983993682327], atol=1e-12
-    )
+    np.testing.assert_allclose(y[:, 0], [3.396798736465, 6.592530385086, 9.788262033707, 12.983993682327], atol=1e-12)
     dx, dgamma, dbeta, _ = batch_norm_backward(DY, cache)
-    np.testing.assert_allclose(
-        dx[:, 0], [1.597865824310, 3.195731648621, -1.597865824310, 0.798932912155], atol=1e-12
-    )
+    np.testing.assert_allclose(dx[:, 0], [1.597865824310, 3.195731648621, -1.597865824310, 0.798932912155], atol=1e-12)
     np.testing.assert_allclose([dgamma[0], dbeta[0]], [5.392797157047, 2.5], atol=1e-12)
 
 
@@ -264,9 +248,7 @@ def test_evaluation(backend, rng, dtype, layout, relu):
     wants = reference.batch_norm_backward(dy, x, gamma, axis=axis, mean=mean, var=var, y=y if relu else None)
     terms = np.sqrt(x.size)
     assert grads.dx is dx
-    for grad, expected, scale, source in zip(
-        grads, wants, (0, terms, terms, 0), (x, gamma, beta, r), strict=True
-    ):
+    for grad, expected, scale, source in zip(grads, wants, (0, terms, terms, 0), (x, gamma, beta, r), strict=True):
         assert_close(grad, expected, source.dtype, scale=scale)
     assert same_bits(running.mean, before[0]) and same_bits(running.var, before[1])
     assert running.count == before[2]
@@ -314,9 +296,7 @@ def test_mixed_layouts(rng):
 @pytest.mark.parametrize("mean", [3, 100])
 def test_layouts_agree_to_two_ulp(rng, mean):
     x = rng.normal(mean, 1, (6, 5, 65, 67)).astype(FLOAT32)
-    caches = [
-        batch_norm(a, axis=axis)[1] for a, axis in ((x, 1), (np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1))
-    ]
+    caches = [batch_norm(a, axis=axis)[1] for a, axis in ((x, 1), (np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1))]
     means = [c.moments.mean for c in caches]
     rstds = [1 / np.sqrt(c.moments.m2 / c.moments.count + 1e-5) for c in caches]
     for a, b in (means, rstds):
@@ -332,9 +312,7 @@ def test_any_axis_may_hold_the_channels(backend, rng, axis):
 # --------------------------------------------------------------------------- gradients
 
 
-@pytest.mark.parametrize(
-    ("training", "weights"), [(True, None), (True, "sample"), (True, "position"), (False, None)]
-)
+@pytest.mark.parametrize(("training", "weights"), [(True, None), (True, "sample"), (True, "position"), (False, None)])
 @pytest.mark.parametrize("axis", [1, -1])
 def test_gradients_are_central_differences(rng, axis, training, weights):
     x, r, dy = rng.normal(size=(3, 3, 4, 2, 4))

@@ -159,9 +159,7 @@ def test_scheduled_options(rng, kind, rule, options):
     grads = rng.normal(size=(50, 5))
     p = np.ones(5)
     path = walk(kind, p, grads, lr=lambda k: 0.1 / (k + 1), **options)
-    np.testing.assert_allclose(
-        path, rule(np.ones(5), list(grads), lambda k: 0.1 / (k + 1), **options), rtol=1e-12
-    )
+    np.testing.assert_allclose(path, rule(np.ones(5), list(grads), lambda k: 0.1 / (k + 1), **options), rtol=1e-12)
 
 
 @pytest.mark.parametrize("limit", [{"clip_norm": 1.0}, {"clip_norm": 1e6}, {"clip_value": 0.3}], ids=str)
@@ -402,9 +400,7 @@ def test_smallest_16_bit_gradients(dtype, gradient, eps, expected):
     assert (p == expected).all()
 
 
-@pytest.mark.parametrize(
-    ("kind", "options"), [(SGD, {"momentum": 0.9}), (Adam, {}), (Adam, {"amsgrad": True})]
-)
+@pytest.mark.parametrize(("kind", "options"), [(SGD, {"momentum": 0.9}), (Adam, {}), (Adam, {"amsgrad": True})])
 def test_state_never_becomes_subnormal(kind, options):
     p = np.ones(40, FLOAT32)
     opt = kind([p], **options)

@@ -307,9 +307,7 @@ def test_parameters_may_not_overlap():
     SGD([SHARED[:4], SHARED[4:]]).step([np.zeros(4), np.zeros(4)])
 
 
-@pytest.mark.parametrize(
-    "params", [None, 5, "w", np.ones(3), [{"lr": 1.0}], [{"params": [np.ones(1)], "lrr": 1.0}]]
-)
+@pytest.mark.parametrize("params", [None, 5, "w", np.ones(3), [{"lr": 1.0}], [{"params": [np.ones(1)], "lrr": 1.0}]])
 def test_params_must_be_a_list_a_dict_or_groups(params):
     with refused(""):
         SGD(params)
@@ -358,19 +356,11 @@ def test_a_gradient_may_not_overlap_a_parameter(kind):
 @pytest.mark.parametrize(
     ("kind", "name", "value"),
     [
-        *(
-            (kind, "lr", v)
-            for kind in (SGD, Adam, AdamW)
-            for v in (float("nan"), -0.1, float("inf"), "0.1", None)
-        ),
+        *((kind, "lr", v) for kind in (SGD, Adam, AdamW) for v in (float("nan"), -0.1, float("inf"), "0.1", None)),
         *((kind, "weight_decay", v) for kind in (SGD, Adam, AdamW) for v in (float("nan"), -0.1)),
         *((SGD, "momentum", v) for v in (float("nan"), -0.1, "x")),
         (SGD, "dampening", float("nan")),
-        *(
-            (kind, "betas", v)
-            for kind in (Adam, AdamW)
-            for v in ((0.9, 1.0), (1.0, 0.9), (-0.1, 0.9), 0.9, (0.9,))
-        ),
+        *((kind, "betas", v) for kind in (Adam, AdamW) for v in ((0.9, 1.0), (1.0, 0.9), (-0.1, 0.9), 0.9, (0.9,))),
         (Adam, "betas", (float("nan"), 0.9)),
         *((kind, "eps", v) for kind in (Adam, AdamW) for v in (float("nan"), -1e-8)),
         (AdamW, "decay", "both"),

@@ -11,31 +11,21 @@ X = np.array([[2.0], [4.0], [6.0], [8.0]])
 def test_v1_forward():
     y, mean, var = reference.batch_norm(X, [2], [1])
     assert (mean, var) == (5, 5)
-    np.testing.assert_allclose(
-        y[:, 0], [-1.683278889722, 0.105573703426, 1.894426296574, 3.683278889722], atol=1e-12
-    )
+    np.testing.assert_allclose(y[:, 0], [-1.683278889722, 0.105573703426, 1.894426296574, 3.683278889722], atol=1e-12)
     y, _, _ = reference.batch_norm(X, [2], [1], eps=1e-8)
-    np.testing.assert_allclose(
-        y[:, 0], [-1.683281570316, 0.105572809895, 1.894427190105, 3.683281570316], atol=1e-12
-    )
+    np.testing.assert_allclose(y[:, 0], [-1.683281570316, 0.105572809895, 1.894427190105, 3.683281570316], atol=1e-12)
 
 
 def test_v2_backward():
     dy = np.array([[1.0], [2.0], [-1.0], [0.5]])
     dx, dgamma, dbeta, _ = reference.batch_norm_backward(dy, X, [2])
-    np.testing.assert_allclose(
-        dx[:, 0], [-0.268326681499, 1.028590643551, -1.252197217695, 0.491933255643], atol=1e-12
-    )
+    np.testing.assert_allclose(dx[:, 0], [-0.268326681499, 1.028590643551, -1.252197217695, 0.491933255643], atol=1e-12)
     np.testing.assert_allclose([dgamma[0], dbeta[0]], [-2.012459167292, 2.5], atol=1e-12)
     mean, var = reference.running([(5, 5, 4)])
     y, _, _ = reference.batch_norm(X, [2], [1], mean=[mean], var=[var])
-    np.testing.assert_allclose(
-        y[:, 0], [3.396798736465, 6.592530385086, 9.788262033707, 12.983993682327], atol=1e-12
-    )
+    np.testing.assert_allclose(y[:, 0], [3.396798736465, 6.592530385086, 9.788262033707, 12.983993682327], atol=1e-12)
     dx, dgamma, dbeta, _ = reference.batch_norm_backward(dy, X, [2], mean=[mean], var=[var])
-    np.testing.assert_allclose(
-        dx[:, 0], [1.597865824310, 3.195731648621, -1.597865824310, 0.798932912155], atol=1e-12
-    )
+    np.testing.assert_allclose(dx[:, 0], [1.597865824310, 3.195731648621, -1.597865824310, 0.798932912155], atol=1e-12)
     np.testing.assert_allclose([dgamma[0], dbeta[0]], [5.392797157047, 2.5], atol=1e-12)
 
 
@@ -50,9 +40,7 @@ def test_batch_norm_gradients_are_central_differences(rng, relu, axis, weights):
     weights = {None: None, "sample": [1.0, 0.0, 2.0], "position": rng.integers(0, 3, spatial)}[weights]
 
     def loss():
-        out, _, _ = reference.batch_norm(
-            x, gamma, beta, axis=axis, residual=residual, relu=relu, weights=weights
-        )
+        out, _, _ = reference.batch_norm(x, gamma, beta, axis=axis, residual=residual, relu=relu, weights=weights)
         return (out * dy).sum()
 
     y, _, _ = reference.batch_norm(x, gamma, beta, axis=axis, residual=residual, relu=relu, weights=weights)
@@ -83,9 +71,7 @@ def test_v3_v4_running_statistics():
     np.testing.assert_allclose(means(0.9), [4.5, 5.85, 6.885])
     np.testing.assert_allclose(means(0.1), [0.5, 1.05, 1.645])
     np.testing.assert_allclose(means(None), [5, 5.5, 6])
-    np.testing.assert_allclose(
-        [reference.running(batches, momentum=m)[1] for m in (0.9, 0.1, None)], [1.999, 1.271, 2]
-    )
+    np.testing.assert_allclose([reference.running(batches, momentum=m)[1] for m in (0.9, 0.1, None)], [1.999, 1.271, 2])
     assert reference.running(batches, unbiased=False)[1] == 1
 
 
@@ -94,9 +80,7 @@ def test_v8_merge():
     for order in (parts, parts[::-1]):
         count, mean, m2 = reference.merge(*order)
         np.testing.assert_allclose([count[0], mean[0], m2[0] / 6, m2[0] / 5], [6, 13 / 3, 80 / 9, 32 / 3])
-    count, mean, m2 = reference.merge(
-        *(reference.moments(np.array(v).reshape(-1, 1)) for v in ([1, 2, 3], [10]))
-    )
+    count, mean, m2 = reference.merge(*(reference.moments(np.array(v).reshape(-1, 1)) for v in ([1, 2, 3], [10])))
     np.testing.assert_allclose([mean[0], m2[0] / 4], [4, 12.5])
 
 
@@ -220,7 +204,5 @@ def test_v12_scales(shape, xavier_bound, xavier_var, xavier_in, he_std, he_bound
     np.testing.assert_allclose(reference.bound(std("xavier", shape)), xavier_bound, rtol=1e-10)
     np.testing.assert_allclose(std("xavier", shape) ** 2, xavier_var, rtol=1e-6)
     np.testing.assert_allclose(std("xavier", shape, mode="fan_in") ** 2, xavier_in, rtol=1e-6)
-    np.testing.assert_allclose(
-        [std("he", shape), reference.bound(std("he", shape))], [he_std, he_bound], rtol=1e-10
-    )
+    np.testing.assert_allclose([std("he", shape), reference.bound(std("he", shape))], [he_std, he_bound], rtol=1e-10)
     np.testing.assert_allclose(reference.bound(std("torch_default", shape)), torch_bound, rtol=1e-10)

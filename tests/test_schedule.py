@@ -34,9 +34,7 @@ CURVES = {
     "one_cycle.lr": (lambda **given: schedule.one_cycle(**given).lr, {"peak": 1.0, "steps": 10, "warm": 0.3}),
     "one_cycle.momentum": (lambda **given: schedule.one_cycle(**given).momentum, {"peak": 1.0, "steps": 10}),
 }
-JOINED = schedule.join(
-    (schedule.linear(0, 1, 4), 4), (schedule.constant(5), 6), (schedule.exponential(1, 0.5), 9)
-)
+JOINED = schedule.join((schedule.linear(0, 1, 4), 4), (schedule.constant(5), 6), (schedule.exponential(1, 0.5), 9))
 ALL = {name: make(**arguments) for name, (make, arguments) in CURVES.items()} | {"join": JOINED}
 LENGTHS = {
     (name, argument)
@@ -65,9 +63,7 @@ def test_linear_that_meets_its_floor_early():  # V7, the program's slope
 
 def test_exponential_worked_numbers():  # V7
     expected = [0.9, 0.855, 0.6964028437, 0.5388632453, 0.3226373302]
-    np.testing.assert_allclose(
-        schedule.exponential(0.9, 0.95)([0, 1, 5, 10, 20]), expected, rtol=0, atol=5e-11
-    )
+    np.testing.assert_allclose(schedule.exponential(0.9, 0.95)([0, 1, 5, 10, 20]), expected, rtol=0, atol=5e-11)
 
 
 def test_hold_linear_hold_worked_numbers():  # V13; list index i is epoch i + 1
@@ -76,9 +72,7 @@ def test_hold_linear_hold_worked_numbers():  # V13; list index i is epoch i + 1
     np.testing.assert_allclose(curve(epochs), [1, 1, 0.9835, 0.5215, 0.505, 0.0265, 0.01, 0.01], rtol=1e-13)
 
 
-@pytest.mark.parametrize(
-    ("total", "parts"), [(3, (0, 1, 2)), (7, (1, 4, 2)), (33, (6, 19, 8)), (49, (9, 29, 11))]
-)
+@pytest.mark.parametrize(("total", "parts"), [(3, (0, 1, 2)), (7, (1, 4, 2)), (33, (6, 19, 8)), (49, (9, 29, 11))])
 def test_hold_linear_hold_truncates_its_parts(total, parts):  # V13
     values = schedule.hold_linear_hold(1, 0, total)(np.arange(total + 1))
     first, middle, last = parts
@@ -203,9 +197,7 @@ def test_triangular_worked_numbers():  # V15
 def test_cosine_meets_its_ends_and_middle():
     curve = schedule.cosine(0.3, 10, end=0.1)
     assert (curve(0), curve(10), curve(11)) == (0.3, 0.1, 0.1)
-    np.testing.assert_allclose(
-        curve(np.arange(11)), 0.1 + 0.1 * (1 + np.cos(np.pi * np.arange(11) / 10)), rtol=1e-14
-    )
+    np.testing.assert_allclose(curve(np.arange(11)), 0.1 + 0.1 * (1 + np.cos(np.pi * np.arange(11) / 10)), rtol=1e-14)
 
 
 def test_polynomial_of_power_one_is_linear():
@@ -222,9 +214,7 @@ def test_cosine_restarts_follow_cosines_of_growing_length(mult):
     begin, length = 0.0, 7.0
     for _ in range(5):
         clock = np.arange(math.ceil(length))
-        np.testing.assert_allclose(
-            curve(begin + clock), schedule.cosine(1, length, 0.1)(clock), rtol=0, atol=1e-9
-        )
+        np.testing.assert_allclose(curve(begin + clock), schedule.cosine(1, length, 0.1)(clock), rtol=0, atol=1e-9)
         assert curve(begin) == pytest.approx(1, abs=1e-12)
         begin, length = begin + length, length * mult
 

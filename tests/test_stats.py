@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from kilter.norm import batch_norm
-from kilter.stats import RunningStats, merge, moments
 
 import reference
 from kilter import KilterError
+from kilter.norm import batch_norm
+from kilter.stats import RunningStats, merge, moments
 from support import DTYPES, FLOAT32, FLOAT64, copied, plain, refused, relative_error, same_bits
 
 
@@ -199,9 +199,7 @@ def test_functional_use_leaves_no_trace(rng):
 # --------------------------------------------------------------------------- state
 
 
-@pytest.mark.parametrize(
-    "momentum", [0.1, None, lambda step: 1 / (step + 2)], ids=["0.1", "None", "schedule"]
-)
+@pytest.mark.parametrize("momentum", [0.1, None, lambda step: 1 / (step + 2)], ids=["0.1", "None", "schedule"])
 def test_state_round_trip(rng, momentum):
     batches = [(rng.normal(size=3), rng.random(3), n) for n in (4, 6, 8, 2)]
     whole, first, second = (RunningStats(3, momentum=momentum) for _ in range(3))

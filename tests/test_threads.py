@@ -29,9 +29,7 @@ def bits(*arrays):
     digest = hashlib.sha256()
     for a in arrays:
         a = np.asarray(a)
-        digest.update(
-            a.tobytes() if a.dtype.kind in "iu" else np.where(a == a, a, np.array(np.nan, a.dtype)).tobytes()
-        )
+        digest.update(a.tobytes() if a.dtype.kind in "iu" else np.where(a == a, a, np.array(np.nan, a.dtype)).tobytes())
     return digest.hexdigest()
 
 

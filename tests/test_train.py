@@ -88,9 +88,7 @@ def test_regression_has_no_accuracy():
     x, _ = blobs()
     y = x[:, :1] - x[:, 1:2]
     model = nn.Sequential(nn.Linear(4, 1, seed=0))
-    history = train.fit(
-        model, optim.AdamW(model.params(), 0.1), nn.mse, (x, y), epochs=60, valid=(x[:9], y[:9])
-    )
+    history = train.fit(model, optim.AdamW(model.params(), 0.1), nn.mse, (x, y), epochs=60, valid=(x[:9], y[:9]))
     assert history[-1]["accuracy"] is None
     assert history[-1]["valid_accuracy"] is None
     assert history[-1]["loss"] < 0.05 < history[0]["loss"]
@@ -99,9 +97,7 @@ def test_regression_has_no_accuracy():
 def test_soft_targets_train_too():
     x, y = blobs()
     model, optimizer = small()
-    history = train.fit(
-        model, optimizer, nn.softmax_cross_entropy, (x, np.eye(3, dtype=np.float32)[y]), epochs=20
-    )
+    history = train.fit(model, optimizer, nn.softmax_cross_entropy, (x, np.eye(3, dtype=np.float32)[y]), epochs=20)
     assert history[0]["accuracy"] is None
     assert train.evaluate(model, (x, y)).accuracy > 0.8
 
@@ -111,9 +107,7 @@ def test_a_scaler_trains_sixteen_bit_models_and_survives_overflow():
     model = nn.mlp(4, 3, hidden=(8,), dtype=np.float16)
     scaler = optim.LossScaler(init=2.0**40)
     optimizer = optim.AdamW(model.params(), 1e-2)
-    history = train.fit(
-        model, optimizer, nn.softmax_cross_entropy, Batches(x, y, 32, seed=0), epochs=12, scaler=scaler
-    )
+    history = train.fit(model, optimizer, nn.softmax_cross_entropy, Batches(x, y, 32, seed=0), epochs=12, scaler=scaler)
     assert scaler.scale < 2.0**40
     assert np.isfinite(history[-1]["loss"])
     assert history[-1]["accuracy"] > 0.85

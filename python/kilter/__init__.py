@@ -1,7 +1,7 @@
-"""kilter: normalisation, optimizers, initialisation and a training loop for NumPy and CuPy arrays, at memory speed.
+"""kilter: normalisation, optimizers, initialisation and a training loop for NumPy arrays, at memory speed.
 
 The modules are `norm`, `stats`, `optim`, `init`, `schedule`: functions and classes on plain arrays; and on top of them
-`nn`, `data`, `train`. `import kilter` loads the first five; the others load when they are first used.
+`nn`, `data`, `train`. `import kilter` loads the first five; the others load when they are first named.
 """
 
 from __future__ import annotations

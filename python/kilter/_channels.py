@@ -91,7 +91,8 @@ def position_weights(call: Call, weights: Any) -> Any:
     if weights.dtype.kind not in "fiub":
         fail("weights", "real numbers", f"dtype {weights.dtype}")
     xp = call.backend.xp
-    wide = weights.astype(call.real).reshape(weights.shape + (1,) * (len(positions) - weights.ndim))
+    with np.errstate(over="ignore"):
+        wide = weights.astype(call.real).reshape(weights.shape + (1,) * (len(positions) - weights.ndim))
     if not bool(xp.all((wide >= 0) & xp.isfinite(wide))):
         fail("weights", "finite numbers of at least 0", "others")
     return xp.ascontiguousarray(xp.broadcast_to(wide, positions))

@@ -48,7 +48,9 @@ def dtype_of(argument: str, dtype: Any) -> Any:
     return found
 
 
-def number(argument: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False) -> float:
+def number(
+    argument: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False
+) -> float:
     """Returns `value` as a float in [low, high], or in (low, high] with `open_low`; never NaN."""
     if isinstance(value, str):
         fail(argument, "a number", repr(value))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -40,9 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        return _fail(
-            f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-        )
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error))
     except MemoryError as error:
         return _fail(f"out of memory: {error}")
     except KeyboardInterrupt:
@@ -112,8 +111,10 @@ def _bench(options: argparse.Namespace) -> int:
             raise KilterError(f"bench: expected {', '.join(BENCHES)}, got {what!r}")
     from kilter import bench
 
-    for what in options.what or BENCHES:
-        bench.main(what)
+    results = {what: bench.main(what) for what in options.what or BENCHES}
+    if options.json is not None:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(results, file, indent=1)
     return 0
 
 
@@ -145,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure kilter on this machine, beside its memory bandwidth; by default all parts.",
     )
     bench.add_argument("what", nargs="*", metavar="PART", help=", ".join(BENCHES))
+    bench.add_argument("--json", metavar="FILE", help="write the numbers to a file as well")
     bench.set_defaults(run=_bench)
     return parser
 
@@ -169,15 +171,11 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     add("--model", "kind of network", Config.model, choices=MODELS)
     add("--hidden", "sizes of the hidden layers, such as 256,128", sizes, type=_sizes, metavar="SIZES")
     add("--norm", "normalisation of the hidden layers", Config.norm, choices=NORMS)
-    add(
-        "--dropout", "probability of dropout after each hidden layer", Config.dropout, type=float, metavar="P"
-    )
+    add("--dropout", "probability of dropout after each hidden layer", Config.dropout, type=float, metavar="P")
     add("--optimizer", "update rule; sgd has momentum 0.9", Config.optimizer, choices=tuple(OPTIMIZERS))
     add("--lr", "peak learning rate", rates, type=float, metavar="LR")
     add("--weight-decay", "weight decay", Config.weight_decay, type=float, metavar="W")
-    add(
-        "--schedule", "of the learning rate; one_cycle moves momentum too", Config.schedule, choices=SCHEDULES
-    )
+    add("--schedule", "of the learning rate; one_cycle moves momentum too", Config.schedule, choices=SCHEDULES)
     add(
         "--warmup",
         "let the learning rate rise from 0 at first",

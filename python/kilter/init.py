@@ -44,7 +44,7 @@ def fans(shape: tuple[int, ...], layout: str = "io") -> tuple[int, int]:
     Raises:
         KilterError: the layout is unknown, or the shape has too few axes.
     """
-    if layout not in _ORDERS:
+    if not isinstance(layout, str) or layout not in _ORDERS:
         fail("layout", " or ".join(map(repr, _ORDERS)), repr(layout))
     shape = _shape(shape)
     if len(shape) != 2 if len(layout) == 2 else len(shape) < 3:
@@ -75,7 +75,7 @@ def gain(nonlinearity: str, a: float = 0.0) -> float:
         "leaky_relu": math.sqrt(2.0 / (1.0 + _check.number("a", a) ** 2)),
         "selu": 0.75,
     }
-    if nonlinearity not in gains:
+    if not isinstance(nonlinearity, str) or nonlinearity not in gains:
         fail("nonlinearity", " or ".join(map(repr, gains)), repr(nonlinearity))
     return gains[nonlinearity]
 
@@ -102,6 +102,9 @@ def uniform(
         dtype: float64, float32, float16 or bfloat16.
         out: filled and returned instead of a new array; C-contiguous, of `shape` and `dtype`.
         xp: the array module of a new array.
+
+    Returns:
+        The filled array: `out`, or a new one.
 
     Raises:
         KilterError: an argument does not fit.
@@ -164,6 +167,9 @@ def he_normal(
         dtype: float64, float32, float16 or bfloat16.
         out: filled and returned instead of a new array; C-contiguous, of `shape` and `dtype`.
         xp: the array module of a new array.
+
+    Returns:
+        The filled array: `out`, or a new one.
 
     Raises:
         KilterError: an argument does not fit.
@@ -303,7 +309,7 @@ def _shape(shape: Any) -> tuple[int, ...]:
 def _fan(shape: Any, layout: str, mode: str) -> float:
     fan_in, fan_out = fans(shape, layout)
     modes = {"fan_in": fan_in, "fan_out": fan_out, "fan_avg": (fan_in + fan_out) / 2}
-    if mode not in modes:
+    if not isinstance(mode, str) or mode not in modes:
         fail("mode", " or ".join(map(repr, modes)), repr(mode))
     return max(modes[mode], 1.0)
 

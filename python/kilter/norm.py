@@ -77,7 +77,7 @@ def batch_norm(
     Args:
         x: data of at least two axes, float64, float32, float16 or bfloat16. C order and channels-last views are read in
             place, any other layout is copied once.
-        gamma: scale, shape (channels,), x's dtype or float32; None is 1.
+        gamma: scale, shape (channels,), of x's dtype, or float32 for 16-bit x; None is 1.
         beta: shift, likewise; None is 0.
         axis: the channel axis: 1 for (N, C, ...), -1 for (N, ..., C).
         eps: added to the variance, inside the root.
@@ -87,7 +87,8 @@ def batch_norm(
         residual: added before the activation, of x's shape and dtype.
         weights: counts or a 0/1 mask, shape (N,) or (N, *positions): the statistics weigh each position by it, n is
             their sum. Positions of weight 0 still get y.
-        comm: a communicator of `kilter.dist`: the statistics are those of all ranks.
+        comm: has `all_gather(a) -> (size, *a.shape)` in rank order and `all_reduce(a)` in place: the statistics are
+            those of all ranks, whose counts may differ.
         out: written to and returned as y; x's shape, dtype and layout. May be x itself, at the price of a copy.
 
     Returns:
@@ -97,8 +98,8 @@ def batch_norm(
         KilterError: an argument does not fit, or there is only one value per channel in training.
 
     Notes:
-        Reads x once where the slice of a channel fits in cache, otherwise twice, and writes y once. The running variance
-        is the unbiased one, n / (n - 1), unless `running` says otherwise. The sums are taken per block about the
+        Reads x once where the slice of a channel fits in cache, otherwise twice, and writes y once. The running
+        variance is the unbiased one, n / (n - 1), unless `running` says otherwise. The sums are taken per block about the
         block's mean and merged in float64, so that a mean of 1e4 at a spread of 1 costs no accuracy.
 
     References:

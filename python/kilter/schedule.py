@@ -2,8 +2,8 @@
 
 Every schedule is called with a step (0 is the first one) and returns a Python float, or with an array of
 steps and returns a float64 array of its shape. Fractional steps are allowed. Any callable `step -> float`
-serves where kilter takes a schedule; the ones here also compare, copy, pickle and print as the call that made
-them.
+serves where kilter takes a schedule; the ones here also compare, copy and pickle, and print as a call that
+makes them.
 """
 
 # ruff: noqa: N801  (a schedule's class is used as a function: `linear(0.1, 0.0, 100)`)
@@ -471,12 +471,7 @@ def _follow(schedule: Schedule, s: Array) -> Array:
 
 
 def _check_number(name: str, value: object, *, positive: bool = False) -> None:
-    if (
-        not isinstance(value, Real)
-        or isinstance(value, bool)
-        or not math.isfinite(value)
-        or (positive and value <= 0)
-    ):
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value) or (positive and value <= 0):
         fail(name, f"a finite number{' above 0' if positive else ''}", repr(value))
 
 

@@ -59,7 +59,7 @@ def merge(*parts: Moments) -> Moments:
     """The moments of all parts together, merged in the order given.
 
     count = n₁ + n₂, mean = mean₁ + δ n₂ / count, m2 = m2₁ + m2₂ + δ² n₁ n₂ / count with δ = mean₂ - mean₁.
-    Parts may have unequal counts, and none.
+    Parts may have unequal counts, zero among them.
 
     Raises:
         KilterError: there is no part, or their channels differ.
@@ -89,7 +89,7 @@ class RunningStats:
     """Running mean and variance of every feature, moved towards each batch's.
 
     new = (1 - momentum) * old + momentum * batch. `mean` starts at 0 and `var` at 1; both are arrays that may be
-    written to.
+    written to. `count` is how many values have been seen per feature (or their weights), `updates` how many batches.
 
     Args:
         features: how many.

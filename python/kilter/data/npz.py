@@ -46,9 +46,7 @@ def read_npz(path: str) -> Dataset:
         if len(x) != len(y) or not len(x):
             raise KilterError(f"y_{part}: expected one label for each of {len(x)} inputs, got {len(y)}")
     if found.x_train.shape[1:] != found.x_test.shape[1:]:
-        raise KilterError(
-            f"x_test: expected samples of {found.x_train.shape[1:]}, got {found.x_test.shape[1:]}"
-        )
+        raise KilterError(f"x_test: expected samples of {found.x_train.shape[1:]}, got {found.x_test.shape[1:]}")
     return found
 
 

@@ -13,7 +13,7 @@ class ReLU(Module):
     """y = max(x, 0); NaN stays NaN. The gradient passes where y > 0."""
 
     def forward(self, x: Array) -> Array:
-        """Y, of x's shape and dtype."""
+        """y, of x's shape and dtype."""
         y = self._y = self.buffer("y", x.shape, x.dtype)
         np.maximum(x, x.dtype.type(0), out=y)
         return y

@@ -27,7 +27,7 @@ class Dropout(Module):
     Notes
     -----
     The mask is a pure function of (seed, stream, calls, index), where `calls` counts the training forwards so
-    far and is part of the state. In `eval()` the layer returns x itself.
+    far and is part of the state. In `eval()`, and with p = 0, the layer returns x itself.
 
     References
     ----------
@@ -46,16 +46,14 @@ class Dropout(Module):
         self._mask: Array | None = None
 
     def forward(self, x: Array) -> Array:
-        """Y, of x's shape and dtype."""
+        """y, of x's shape and dtype; x itself in eval mode or with p = 0."""
         if not self.training or self.p == 0:
             self._mask = None
             return x
         words = self.buffer("words", x.shape, np.dtype(np.uint32))
         philox(words, self.seed, _FIRST_STREAM + self.stream, attempt=self.calls % 2**32)
         self.calls += 1
-        kept = np.greater_equal(
-            words, np.uint32(self.p * 2**32), out=self.buffer("kept", x.shape, np.dtype(bool))
-        )
+        kept = np.greater_equal(words, np.uint32(self.p * 2**32), out=self.buffer("kept", x.shape, np.dtype(bool)))
         scale = x.dtype.type(1 / (1 - self.p))
         self._mask = np.multiply(kept, scale, out=self.buffer("mask", x.shape, x.dtype))
         return np.multiply(x, self._mask, out=self.buffer("y", x.shape, x.dtype))

@@ -57,7 +57,7 @@ class Linear(Module):
             self.add_param("bias", np.zeros(out_features, found))
 
     def forward(self, x: Array) -> Array:
-        """Y (N, out_features) for x (N, in_features)."""
+        """y (N, out_features) for x (N, in_features)."""
         weight, bias = self.own_params["weight"], self.own_params.get("bias")
         expect(x, ("N", weight.shape[0]), weight.dtype)
         y = self.buffer("y", (len(x), weight.shape[1]), weight.dtype)

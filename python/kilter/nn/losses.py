@@ -101,9 +101,7 @@ def bce_with_logits(logits: Array, targets: Array) -> tuple[float, Array]:
     small = np.exp(-np.abs(z))
     loss = np.maximum(z, 0) - z * t + np.log1p(small)
     sigmoid = np.where(z >= 0, real.type(1), small) / (1 + small)
-    return float(loss.mean(dtype=np.float64)), ((sigmoid - t) / real.type(z.size)).astype(
-        logits.dtype, copy=False
-    )
+    return float(loss.mean(dtype=np.float64)), ((sigmoid - t) / real.type(z.size)).astype(logits.dtype, copy=False)
 
 
 def mse(y: Array, targets: Array) -> tuple[float, Array]:
@@ -153,9 +151,7 @@ def _flat_index(targets: Array, samples: int, classes: int) -> Array:
     """Where each sample's class lies in the flattened (K, N) logits."""
     expect(targets, (samples,), None, "targets")
     if targets.dtype.kind not in "iu":
-        raise KilterError(
-            f"targets: expected integers or soft targets ({samples}, {classes}), got {targets.dtype}"
-        )
+        raise KilterError(f"targets: expected integers or soft targets ({samples}, {classes}), got {targets.dtype}")
     at: Array = targets.astype(np.intp)
     if np.maximum.reduce(at.view(np.uintp)) >= classes:  # negative labels are large there
         wrong = targets[(targets < 0) | (targets >= classes)]

@@ -26,9 +26,7 @@ def expect(x: Array, shape: tuple[int | str, ...], dtype: np.dtype[Any] | None, 
     given = getattr(x, "shape", None)
     if given is None:
         raise KilterError(f"{name}: expected an array, got {type(x).__name__}")
-    if len(given) != len(shape) or any(
-        w != g for w, g in zip(shape, given, strict=True) if w.__class__ is int
-    ):
+    if len(given) != len(shape) or any(w != g for w, g in zip(shape, given, strict=True) if w.__class__ is int):
         wanted = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
         raise KilterError(f"{name}: expected shape ({wanted}), got {given}")
     if dtype is not None and x.dtype != dtype:
@@ -177,6 +175,11 @@ class Module:
         strict
             True: names and shapes must be equal. False: what has the same name and shape is loaded.
 
+        Returns
+        -------
+        LoadReport
+            The names that were not loaded and those that found no place; empty when strict.
+
         Raises
         ------
         KilterError
@@ -184,9 +187,7 @@ class Module:
         """
         own = {pre + n: v for pre, m in self.modules() for n, v in m.own_state().items()}
         wrong = {n for n in own.keys() & state.keys() if np.shape(own[n]) != np.shape(state[n])}
-        report = LoadReport(
-            sorted((own.keys() - state.keys()) | wrong), sorted((state.keys() - own.keys()) | wrong)
-        )
+        report = LoadReport(sorted((own.keys() - state.keys()) | wrong), sorted((state.keys() - own.keys()) | wrong))
         if strict:
             _refuse(report, own, state, wrong)
         taken = (own.keys() & state.keys()) - wrong
@@ -215,9 +216,7 @@ class Module:
         kept = self._scratch.get(slot)
         if kept is not None and kept.shape == shape and kept.dtype == dtype:
             return kept
-        fits = (
-            kept is not None and kept.shape[1:] == shape[1:] and len(kept) >= shape[0] and kept.dtype == dtype
-        )
+        fits = kept is not None and kept.shape[1:] == shape[1:] and len(kept) >= shape[0] and kept.dtype == dtype
         if kept is None or not fits:
             kept = self._scratch[slot] = np.empty(shape, dtype)
             return kept

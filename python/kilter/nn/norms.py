@@ -71,7 +71,7 @@ class BatchNorm(Module):
             self.add_param("beta", np.zeros(features, real))
 
     def forward(self, x: Array) -> Array:
-        """Y, of x's shape and dtype."""
+        """y, of x's shape and dtype."""
         y: Array
         y, self._cache = batch_norm(
             x,

@@ -72,7 +72,7 @@ class Adam(_Moments):
         amsgrad: use the largest second moment.
         maximize: climb instead of descending.
         clip_norm: all gradients together are scaled to at most this Euclidean norm.
-        clip_value: each element of a gradient is limited to ± this.
+        clip_value: each element of a gradient is limited to ± this, after `clip_norm`.
         track_norm: report the norm of the gradients.
         skip_nonfinite: skip a step with a non-finite gradient; None means only with a scaler.
         master_dtype: "auto" keeps a float32 copy of 16-bit parameters, which is updated and rounded into them; None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 from kilter import _check, _kilter
@@ -62,13 +63,18 @@ class Bucket:
             if given.shape != own.shape or given.dtype != own.dtype:
                 fail(f"state[{key}]", f"{own.dtype} of shape {own.shape}", f"{given.dtype} of shape {given.shape}")
             arrays[slot] = given
-        clock = {key: _check.number(f"state[state.{name}.{key}]", state[f"state.{name}.{key}"]) for key in part["clock"]}
+        clock = {
+            key: _check.number(f"state[state.{name}.{key}]", state[f"state.{name}.{key}"]) for key in part["clock"]
+        }
         return {"arrays": arrays, "clock": clock}
 
 
 def groups_of(params: Any) -> tuple[list[dict[str, Any]], str]:
     """Returns parameters as groups of dicts, and what they came as: a list, a dict or groups."""
     if isinstance(params, Mapping):
+        for name in params:
+            if not isinstance(name, str):
+                fail("params", "names that are strings", repr(name))
         return [{"params": dict(params)}], "dict"
     if not isinstance(params, (list, tuple)):
         fail("params", "a list, a dict or a list of groups", type(params).__name__)
@@ -105,7 +111,7 @@ def check_apart(params: Mapping[str, Any]) -> None:
             start = p.__array_interface__["data"][0]
             ranges.append((start, start + p.nbytes, name))
     ranges.sort()
-    for (_, end, first), (start, _, second) in zip(ranges, ranges[1:], strict=False):
+    for (_, end, first), (start, _, second) in pairwise(ranges):
         if start < end:
             fail(f"params[{second}]", "memory of its own", f"memory shared with params[{first}]")
 
@@ -123,9 +129,11 @@ def match(
     else:
         if not isinstance(grads, (list, tuple)):
             fail("grads", f"a list, as the {structure} of parameters", type(grads).__name__)
-        names = [name for group in groups for name in group["params"]]
         if structure == "groups":
             grads = _of_groups(grads, groups)
+        if len(buckets) == 1 and not frozen and len(grads) == len(buckets[0].names):
+            return [list(grads)]
+        names = [name for group in groups for name in group["params"]]
         if len(grads) != len(names):
             fail("grads", f"{len(names)} gradients", len(grads))
         named = dict(zip(names, grads, strict=True))
@@ -138,11 +146,6 @@ def match(
         fail("grads", "one for each parameter", differences(missing, set(named) - set(wanted) - frozen))
     if extra:
         fail("grads", "one for each parameter", differences(set(), extra))
-    for bucket, given in zip(buckets, found, strict=True):
-        first = bucket.params[0]
-        for name, g in zip(bucket.names, given, strict=True):
-            if type(g) is not type(first):
-                backend_of(_check.array(f"grads[{name}]", g), first, names=(f"grads[{name}]", "params"))
     return found
 
 
@@ -170,11 +173,15 @@ def differences(missing: set[str], extra: set[str]) -> str:
     return " and ".join(parts)
 
 
-def retried(xp: Any, grads: list[Any], call: Callable[[list[Any]], None]) -> list[Any]:
-    """Calls with the gradients, or, where their layout needs it, with copies in C order; returns what was used."""
+def retried(bucket: Bucket, grads: list[Any], call: Callable[[list[Any]], None]) -> list[Any]:
+    """Calls with a bucket's gradients, or with copies in C order where their layout needs it; returns what was used."""
     try:
         call(grads)
     except _kilter.LayoutError:
-        grads = [_check.contiguous(xp, g) for g in grads]
+        grads = [_check.contiguous(bucket.xp, g) for g in grads]
         call(grads)
+    except _check.KilterError:
+        # Of arrays from elsewhere, the backend says more than the kernel.
+        backend_of(*grads, bucket.params[0], names=[f"grads[{name}]" for name in (*bucket.names, "")])
+        raise
     return grads

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 from kilter import _check, _kilter
@@ -35,11 +36,10 @@ class StepReport(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """The update rule of a group at a step: the kernel's name for it, its scalars, its flags."""
+    """The update rule of a group at a step: the kernel's name for it, and its scalars."""
 
     name: str
     scalars: tuple[float, ...]
-    flags: int = 0
 
 
 class Optimizer:
@@ -209,7 +209,7 @@ class Optimizer:
 
         Notes:
             Clipping by norm scales all gradients by min(1, clip_norm / (norm + 1e-6)); clipping by value limits each
-            element afterwards. Both, and the check for non-finite values, see the gradients after division by the scale.
+            element afterwards. Both see the gradients after division by the scale.
         """
         if scaler is not None and not isinstance(scaler, LossScaler):
             fail("scaler", "a LossScaler", type(scaler).__name__)
@@ -218,7 +218,7 @@ class Optimizer:
         rules = [self._resolve(bucket) for bucket in active]
         scale = 1.0 if scaler is None else 1.0 / scaler.scale
         skip = scaler is not None if self.skip_nonfinite is None else self.skip_nonfinite
-        norm: float | None = None
+        norm, finite = None, True
         work = list(zip(active, given, rules, strict=True))
         if skip or scaler is not None or self.track_norm or self.clip_norm is not None:
             given, squares, finite = self._scan(work)
@@ -240,7 +240,7 @@ class Optimizer:
         for bucket, _, (_, clock) in work:
             bucket.clock = clock
         if scaler is not None:
-            scaler.update(True)
+            scaler.update(finite)
         return StepReport(self.calls, self.applied, self._reported(norm), False)
 
     def _reported(self, norm: float | None) -> float | None:
@@ -266,7 +266,7 @@ class Optimizer:
         found = xp.empty(2)
         given, squares, finite = [], 0.0, True
         for bucket, grads, _ in work:
-            given.append(arrays.retried(xp, grads, lambda g, names=bucket.names: ops.grad_scan(names, g, found)))
+            given.append(arrays.retried(bucket, grads, partial(_scan_bucket, ops, bucket, found)))
             squares += float(found[0])
             finite = finite and found[1] == 1.0
         return given, squares, finite
@@ -275,16 +275,10 @@ class Optimizer:
         xp, ops = self._backend
         limit = math.inf if self.clip_value is None else self.clip_value
         scale = -scale if self.maximize else scale
+        flags = _kilter.CHECK_ONLY if check_only else 0
         for bucket, grads, (rule, _) in work:
             h = xp.array((scale, limit, *rule.scalars), "float64")
-            flags = rule.flags | (_kilter.CHECK_ONLY if check_only else 0)
-            arrays.retried(
-                xp,
-                grads,
-                lambda g, b=bucket, r=rule, h=h, flags=flags: ops.step(
-                    r.name, b.names, b.params, g, b.state, b.masters, h, flags
-                ),
-            )
+            arrays.retried(bucket, grads, partial(_step_bucket, ops, bucket, rule.name, h, flags))
 
     # State.
 
@@ -293,7 +287,12 @@ class Optimizer:
 
         Schedules are not part of it: give the same ones at construction.
         """
-        state: dict[str, Any] = {"kind": type(self).__name__, "version": 1, "calls": self.calls, "applied": self.applied}
+        state: dict[str, Any] = {
+            "kind": type(self).__name__,
+            "version": 1,
+            "calls": self.calls,
+            "applied": self.applied,
+        }
         for index, group in enumerate(self.groups):
             for key, value in group.items():
                 if key != "params":
@@ -322,9 +321,7 @@ class Optimizer:
         extra = {key for key in extra if not key.startswith("groups.")}
         if missing or extra:
             fail("state", "the entries of these parameters", arrays.differences(missing, extra))
-        loaded = {
-            name: bucket.loaded(name, part, state) for bucket in self._buckets for name, part in bucket.parts()
-        }
+        loaded = {name: bucket.loaded(name, part, state) for bucket in self._buckets for name, part in bucket.parts()}
         options = [_restored(group, f"groups.{index}", state) for index, group in enumerate(self.groups)]
         counts = [int(_check.number(f"state[{key}]", state[key], 0.0)) for key in ("calls", "applied")]
         for group, restored in zip(self.groups, options, strict=True):
@@ -332,6 +329,14 @@ class Optimizer:
             group.update(restored)
         self.calls, self.applied = counts
         self._rebuild(state=loaded)
+
+
+def _scan_bucket(ops: Any, bucket: Bucket, found: Any, grads: list[Any]) -> None:
+    ops.grad_scan(bucket.names, grads, found)
+
+
+def _step_bucket(ops: Any, bucket: Bucket, rule: str, h: Any, flags: int, grads: list[Any]) -> None:
+    ops.step(rule, bucket.names, bucket.params, grads, bucket.state, bucket.masters, h, flags)
 
 
 def _numbers(key: str, value: Any) -> dict[str, Any]:
@@ -352,7 +357,7 @@ def _restored(group: Mapping[str, Any], prefix: str, state: Mapping[str, Any]) -
     return {key: value(f"{prefix}.{key}", own) for key, own in group.items() if key != "params"}
 
 
-def decay_groups(params: Mapping[str, Any] | Iterable[Any], weight_decay: float) -> list[dict[str, Any]]:
+def decay_groups(params: Mapping[str, Any], weight_decay: float) -> list[dict[str, Any]]:
     """Splits parameters into those that decay and those that do not: biases and other parameters of one axis.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kilter import _check, _kilter
+from kilter import _check
 from kilter._check import fail
 from kilter.optim.base import MOST, Number, Optimizer, Rule
 
@@ -15,12 +15,13 @@ __all__ = ["SGD"]
 class SGD(Optimizer):
     """Gradient descent with momentum.
 
-    With g the gradient plus `weight_decay` times the parameter, and v the velocity, which is g at the first step:
+    With g the gradient plus `weight_decay` times the parameter, and v the velocity, undampened at the first step:
 
     v <- momentum v + (1 - dampening) g,  p <- p - lr v;
 
-    with `nesterov`, p <- p - lr (g + momentum v). With `lr_inside`, the classical rule, the learning rate is part of the
-    velocity: v <- momentum v + lr (1 - dampening) g, p <- p - v. The two differ once the learning rate changes.
+    with `nesterov`, p <- p - lr (g + momentum v). With `lr_inside`, the classical rule, the learning rate is part of
+    the velocity: v <- momentum v + lr (1 - dampening) g, p <- p - v (with `nesterov`, p <- p - (lr g + momentum v)).
+    The two differ once the learning rate changes.
 
     Args:
         params: a list, a dict name -> array, or a list of group dicts with "params" and options of their own. Float64,
@@ -33,7 +34,7 @@ class SGD(Optimizer):
         lr_inside: the learning rate is part of the velocity.
         maximize: climb instead of descending.
         clip_norm: all gradients together are scaled to at most this Euclidean norm.
-        clip_value: each element of a gradient is limited to ± this.
+        clip_value: each element of a gradient is limited to ± this, after `clip_norm`.
         track_norm: report the norm of the gradients.
         skip_nonfinite: skip a step with a non-finite gradient; None means only with a scaler.
         master_dtype: "auto" keeps a float32 copy of 16-bit parameters, which is updated and rounded into them; None
@@ -99,10 +100,8 @@ class SGD(Optimizer):
         lr, decay, momentum = options["lr"], options["weight_decay"], options["momentum"]
         if "velocity" in slots:
             rate = 1.0 if clock["t"] == 1 else 1.0 - options["dampening"]
-            flags = (_kilter.NESTEROV if options["nesterov"] else 0) | (
-                _kilter.LR_INSIDE if options["lr_inside"] else 0
-            )
-            return Rule("momentum", (lr, decay, momentum, rate), flags)
+            inside, size = (lr, 1.0) if options["lr_inside"] else (1.0, lr)
+            return Rule("nesterov" if options["nesterov"] else "momentum", (decay, momentum, inside * rate, size))
         if momentum != 0.0:
             fail("momentum", "0, as at construction", momentum)
         return Rule("sgd", (lr, decay))

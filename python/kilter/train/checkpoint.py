@@ -28,9 +28,7 @@ class Checkpoint(NamedTuple):
     metadata: dict[str, Any]
 
 
-def save(
-    path: Path, model: Module, optimizer: Any = None, *, metadata: Mapping[str, Any] | None = None
-) -> None:
+def save(path: Path, model: Module, optimizer: Any = None, *, metadata: Mapping[str, Any] | None = None) -> None:
     """Write a model, and the state of its optimizer, to one safetensors file.
 
     Parameters
@@ -50,9 +48,7 @@ def save(
     OSError
         The folder cannot be written to, or the disk is full; an existing file stays as it was.
     """
-    states = {"model": model.state_dict()} | (
-        {} if optimizer is None else {"optimizer": optimizer.state_dict()}
-    )
+    states = {"model": model.state_dict()} | ({} if optimizer is None else {"optimizer": optimizer.state_dict()})
     flat = {f"{part}.{name}": value for part, state in states.items() for name, value in state.items()}
     tensors = {name: np.array(value, order="C") for name, value in flat.items() if hasattr(value, "shape")}
     body = {
@@ -135,9 +131,7 @@ def _read(path: str) -> Checkpoint:
     except OSError as error:
         raise KilterError(f"{path}: cannot be read ({error.strerror or error})") from None
     except (safetensors.SafetensorError, ValueError, TypeError, AttributeError) as error:
-        raise KilterError(
-            f"{path}: expected a kilter checkpoint, got a damaged or foreign file ({error})"
-        ) from None
+        raise KilterError(f"{path}: expected a kilter checkpoint, got a damaged or foreign file ({error})") from None
     try:
         body = json.loads(header or "")
         version, numbers, parts, crc32 = (body[key] for key in ("version", "numbers", "parts", "crc32"))

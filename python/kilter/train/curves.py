@@ -67,9 +67,7 @@ def _pair(axes: Any, rows: Sequence[Row], key: str, unit: float, label: str) -> 
     if key == "accuracy" and max(settled) > min(settled):
         room = 0.08 * (max(settled) - min(settled))  # the first epoch may lie far below: cut it off
         axes.set_ylim(min(settled) - room, max(settled) + room)
-    for (_, text, x_end, color), height in zip(
-        sorted(ends), _apart(axes, sorted(end[0] for end in ends)), strict=True
-    ):
+    for (_, text, x_end, color), height in zip(sorted(ends), _apart(axes, sorted(end[0] for end in ends)), strict=True):
         axes.annotate(
             text,
             (x_end, height),

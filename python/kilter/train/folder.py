@@ -66,9 +66,7 @@ class RunFolder(Callback):
         self.path, self.config, self.title = Path(path), dict(config), title
         if self.path.is_dir():
             if any(self.path.iterdir()) and not _is_run(self.path):
-                raise KilterError(
-                    f"{self.path}: expected an empty folder or a run of kilter, got other files in it"
-                )
+                raise KilterError(f"{self.path}: expected an empty folder or a run of kilter, got other files in it")
         elif self.path.exists():
             raise KilterError(f"{self.path}: expected a folder, got a file")
         self.history: list[Row] = []

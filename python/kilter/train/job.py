@@ -135,10 +135,7 @@ class Job:
         accuracies = [row["valid_accuracy"] or 0.0 for row in self.history]
         best = int(np.argmax(accuracies))
         training = sum(row["seconds"] or 0.0 for row in self.history)
-        rate = (
-            sum((row["seconds"] or 0.0) * (row["images_per_second"] or 0.0) for row in self.history)
-            / training
-        )
+        rate = sum((row["seconds"] or 0.0) * (row["images_per_second"] or 0.0) for row in self.history) / training
         x, x_test, config = self.data.x_train, self.data.x_test, self.config
         lines = (
             (
@@ -178,18 +175,14 @@ def _filled(config: Config) -> Config:
     )
     least = 2 if config.norm == "batch" else 1
     if config.batch_size < least:
-        raise KilterError(
-            f"batch_size: expected at least {least} with norm {config.norm!r}, got {config.batch_size}"
-        )
+        raise KilterError(f"batch_size: expected at least {least} with norm {config.norm!r}, got {config.batch_size}")
     if config.epochs is not None and config.epochs < 1:
         raise KilterError(f"epochs: expected at least 1, got {config.epochs}")
     number("label_smoothing", config.label_smoothing, 0.0, 1.0)
     number("lr", config.lr, 0.0, open_low=True)
     most = 0 if config.schedule == "one_cycle" else config.epochs  # one_cycle rises by itself
     if not 0 <= (config.warmup or 0) <= (most or 0):
-        raise KilterError(
-            f"warmup: expected 0 to {most} epochs with {config.schedule!r}, got {config.warmup:g}"
-        )
+        raise KilterError(f"warmup: expected 0 to {most} epochs with {config.schedule!r}, got {config.warmup:g}")
     return config
 
 

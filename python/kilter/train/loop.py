@@ -82,7 +82,7 @@ def fit(
     epochs
         How often to go through the data, at least 1.
     valid
-        Data to evaluate after each epoch, as `data` or arrays.
+        Data to evaluate after each epoch, given like `data`; arrays are read in batches of 1,000.
     scaler
         A LossScaler for 16-bit training: the loss is taken in float32, its gradient scaled and then rounded.
     callbacks
@@ -132,9 +132,7 @@ def fit(
     return state.history
 
 
-def _epoch(
-    state: State, loss: Loss, batches: Data, scaler: LossScaler | None, watchers: Sequence[Callback]
-) -> Row:
+def _epoch(state: State, loss: Loss, batches: Data, scaler: LossScaler | None, watchers: Sequence[Callback]) -> Row:
     """Train for one epoch; its row without the validation."""
     model, optimizer = state.model, state.optimizer
     steppers = [w for w in watchers if type(w).on_step is not Callback.on_step]

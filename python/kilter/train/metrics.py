@@ -59,9 +59,7 @@ class Meter:
         """Means so far."""
         if not self.samples:
             return NOTHING
-        return Metrics(
-            self.loss / self.samples, self.right / self.samples if self.labelled else None, self.samples
-        )
+        return Metrics(self.loss / self.samples, self.right / self.samples if self.labelled else None, self.samples)
 
 
 def evaluate(model: Module, data: Data | tuple[Any, Any], loss: Loss = softmax_cross_entropy) -> Metrics:

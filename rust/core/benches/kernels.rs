@@ -123,7 +123,7 @@ fn adamw(name: &str, sizes: &[usize]) {
             params.iter_mut().zip(&grads).map(|(p, g)| Tensor::new("p", &mut p[..], &g[..]).unwrap()).collect();
         Step::new(rule, Prepare::new(1.0, f64::INFINITY), tensors, [&mut m, &mut v], None).unwrap().launch();
     };
-    let mut arrays = vec![filled(total, 2), filled(total, 3), filled(total, 4)];
+    let mut arrays = [filled(total, 2), filled(total, 3), filled(total, 4)];
     let g = filled(total, 5);
     let mut yard = || launch(Update::new(&g, arrays.iter_mut().map(|a| &mut a[..]).collect()).unwrap());
     report(

@@ -23,7 +23,14 @@ pub struct Normal;
 impl Variate for Uniform {
     #[inline(always)]
     fn variates(self, words: [[u32; LANES]; 4]) -> [[f32; LANES]; 4] {
-        words.map(|row| row.map(unit))
+        // Loops: `map` may become a function of its own, outside the door of the kernel.
+        let mut out = [[0.0; LANES]; 4];
+        for k in 0..4 {
+            for l in 0..LANES {
+                out[k][l] = unit(words[k][l]);
+            }
+        }
+        out
     }
 }
 
@@ -82,8 +89,7 @@ impl<S: Storage, V: Variate> Kernel for Fill<'_, S, V> {
 
     #[inline(always)]
     fn run(self) {
-        let mut b = self.first;
-        for chunk in self.out.chunks_mut(GROUP) {
+        for (b, chunk) in (self.first..).zip(self.out.chunks_mut(GROUP)) {
             let variates = self.variate.variates(group(self.seed, self.stream, 0, b));
             for k in 0..4 {
                 let mut values = [S::Real::ZERO; LANES];
@@ -100,7 +106,6 @@ impl<S: Storage, V: Variate> Kernel for Fill<'_, S, V> {
                     }
                 }
             }
-            b += 1;
         }
     }
 

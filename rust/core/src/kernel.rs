@@ -14,8 +14,9 @@ pub trait Kernel: Sized + Send {
     /// What a run hands back: nothing, or partial results.
     type Out: Send;
 
-    /// Whether 512-bit registers were measured to be faster than 256-bit ones in this kernel.
-    const AVX512: bool = false;
+    /// The highest level that this kernel is compiled for. `Avx512` where 512-bit registers were measured to be faster
+    /// than 256-bit ones, `Baseline` where the kernel is too rare for a second copy in the wheel.
+    const TOP: simd::Level = simd::Level::Avx2;
 
     /// Bytes read and written.
     fn bytes(&self) -> usize;
@@ -38,7 +39,7 @@ const GRAIN: usize = 1 << 20;
 const PARTS: usize = 32;
 
 /// Below this many bytes one thread is faster than waking a second.
-const PARALLEL_BYTES: usize = 2 << 20;
+const PARALLEL_BYTES: usize = 4 << 20;
 
 /// Runs a kernel on as many threads as it is worth, and merges the parts along a tree that depends on the shape only.
 pub fn launch<K: Kernel>(kernel: K) -> K::Out {
@@ -50,7 +51,17 @@ pub fn launch<K: Kernel>(kernel: K) -> K::Out {
     if bytes < PARALLEL_BYTES || threads() == 1 {
         return tree(kernel, grain, &|left, right| (left(), right()));
     }
-    pool().install(|| tree(kernel, grain, &|left, right| rayon::join(left, right)))
+    let (mut kernel, mut out) = (Some(kernel), None);
+    install(&mut || {
+        let kernel = kernel.take().expect("installed once");
+        out = Some(tree(kernel, grain, &|left, right| rayon::join(left, right)));
+    });
+    out.expect("installed work was done")
+}
+
+/// Does `work` on the pool. Not generic, so that rayon's side of the hand-over exists once and not for every kernel.
+fn install(work: &mut (dyn FnMut() + Send)) {
+    pool().install(work);
 }
 
 type Both<'a, T> = &'a (dyn Fn(Part<'_, T>, Part<'_, T>) -> (T, T) + Sync);

@@ -7,6 +7,7 @@ use crate::real::Real;
 use crate::simd::{self, STREAM_ALIGN, STREAM_BYTES};
 use crate::storage::Storage;
 use std::array::from_fn;
+use std::ops::Range;
 
 /// Elements that are handled together: one 512-bit register of f32, two 256-bit ones.
 pub const LANES: usize = 16;
@@ -32,10 +33,8 @@ pub fn map<S: Storage, const N: usize, const K: usize, const M: usize>(
         // One by one up to there; an output out of step with the first uses ordinary stores.
         let head = y[0].as_ptr().align_offset(from);
         let head = if head < LINE / size_of::<S>() { head.min(n) } else { 0 };
-        while i < head {
-            group::<S, N, K, M, 1>(&x, &v, &mut y, i, false, &f);
-            i += 1;
-        }
+        edge(&x, &v, &mut y, 0..head, &f);
+        i = head;
         while i + LANES <= n {
             group::<S, N, K, M, LANES>(&x, &v, &mut y, i, true, &f);
             i += LANES;
@@ -46,10 +45,32 @@ pub fn map<S: Storage, const N: usize, const K: usize, const M: usize>(
             i += LANES;
         }
     }
-    while i < n {
-        group::<S, N, K, M, 1>(&x, &v, &mut y, i, false, &f);
-        i += 1;
+    edge(&x, &v, &mut y, i..n, &f);
+}
+
+/// The few places before and after the groups, one by one. Not inlined: one small copy serves every caller and level.
+#[inline(never)]
+fn edge<S: Storage, const N: usize, const K: usize, const M: usize>(
+    x: &[&[S]; N],
+    v: &[&[S::Real]; K],
+    y: &mut [&mut [S]; M],
+    places: Range<usize>,
+    f: &impl Fn([S::Real; N], [S::Real; K]) -> [S::Real; M],
+) {
+    for i in places {
+        group::<S, N, K, M, 1>(x, v, y, i, false, f);
     }
+}
+
+/// `L` values of each array, from `i` on. A loop, as `from_fn` may become a function of its own, outside the door of the
+/// kernel.
+#[inline(always)]
+pub fn loads<S: Storage, const N: usize, const L: usize>(x: &[&[S]; N], i: usize) -> [[S::Real; L]; N] {
+    let mut values = [[S::Real::ZERO; L]; N];
+    for k in 0..N {
+        values[k] = S::load(&x[k][i..i + L]);
+    }
+    values
 }
 
 #[inline(always)]
@@ -61,8 +82,8 @@ fn group<S: Storage, const N: usize, const K: usize, const M: usize, const L: us
     stream: bool,
     f: &impl Fn([S::Real; N], [S::Real; K]) -> [S::Real; M],
 ) {
-    let x: [[S::Real; L]; N] = from_fn(|k| S::load(&x[k][i..i + L]));
-    let v: [[S::Real; L]; K] = from_fn(|k| S::Real::load(&v[k][i..i + L]));
+    let x: [[S::Real; L]; N] = loads(x, i);
+    let v: [[S::Real; L]; K] = loads(v, i);
     let mut out = [[S::Real::ZERO; L]; M];
     for l in 0..L {
         let values = f(from_fn(|k| x[k][l]), from_fn(|k| v[k][l]));
@@ -156,25 +177,41 @@ impl<R: Real, const M: usize> Sum<R, M> {
         let mut lanes = self.lanes;
         let mut i = 0;
         while i + 2 * LANES <= n {
-            for a in 0..2 {
-                for next in ahead.iter().filter_map(|ahead| ahead.get(i + a * LANES)) {
-                    simd::prefetch(next);
+            for ahead in ahead {
+                if i + LANES < ahead.len() {
+                    simd::prefetch(&ahead[i]);
+                    simd::prefetch(&ahead[i + LANES]);
                 }
-                add_group(&mut lanes, a, &x, &v, i + a * LANES, f);
             }
+            // Not a loop: the lanes stay in registers.
+            add_group(&mut lanes, 0, &x, &v, i, f);
+            add_group(&mut lanes, 1, &x, &v, i + LANES, f);
             i += 2 * LANES;
         }
         if i + LANES <= n {
             add_group(&mut lanes, 0, &x, &v, i, f);
             i += LANES;
         }
-        for l in 0..n - i {
-            let values = f(from_fn(|k| x[k][i + l].widen()), from_fn(|k| v[k][i + l]));
+        self.lanes = lanes;
+        if i < n {
+            self.rest(&x.map(|x| &x[i..]), &v.map(|v| &v[i..]), f);
+        }
+    }
+
+    /// The few places after the groups, each into a lane of its own. Not inlined: see [`edge`].
+    #[inline(never)]
+    fn rest<S: Storage<Real = R>, const N: usize, const K: usize>(
+        &mut self,
+        x: &[&[S]; N],
+        v: &[&[R]; K],
+        f: &impl Fn([R; N], [R; K]) -> [R; M],
+    ) {
+        for l in 0..x[0].len().min(LANES) {
+            let values = f(from_fn(|k| x[k][l].widen()), from_fn(|k| v[k][l]));
             for m in 0..M {
-                lanes[m][1][l] = lanes[m][1][l] + values[m];
+                self.lanes[m][1][l] = self.lanes[m][1][l] + values[m];
             }
         }
-        self.lanes = lanes;
     }
 
     #[inline(always)]
@@ -214,8 +251,8 @@ fn add_group<S: Storage, const N: usize, const K: usize, const M: usize>(
     i: usize,
     f: &impl Fn([S::Real; N], [S::Real; K]) -> [S::Real; M],
 ) {
-    let x: [[S::Real; LANES]; N] = from_fn(|k| S::load(&x[k][i..i + LANES]));
-    let v: [[S::Real; LANES]; K] = from_fn(|k| S::Real::load(&v[k][i..i + LANES]));
+    let x: [[S::Real; LANES]; N] = loads(x, i);
+    let v: [[S::Real; LANES]; K] = loads(v, i);
     for l in 0..LANES {
         let values = f(from_fn(|k| x[k][l]), from_fn(|k| v[k][l]));
         for m in 0..M {

@@ -126,6 +126,6 @@ mod tests {
             ranks.map(|(count, mean, m2)| Moments { count, mean, m2 }).into_iter().reduce(Moments::merge).unwrap();
         assert_eq!(all.count, 6.0);
         assert!((all.mean - 26.0 / 6.0).abs() < 1e-14);
-        assert!((all.m2 / all.count - 8.888888888888889).abs() < 1e-13);
+        assert!((all.m2 / all.count - 80.0 / 9.0).abs() < 1e-13);
     }
 }

@@ -3,6 +3,7 @@
 use crate::error::{Error, length};
 use crate::kernel::Kernel;
 use crate::lanes::{LANES, Stores, map};
+use crate::storage::Storage;
 
 /// Copies, past the caches where an output of that size would be: the yardstick of everything that writes a new array.
 pub struct Copy<'a> {
@@ -71,11 +72,13 @@ fn update<const N: usize>(g: &[f32], arrays: Vec<&mut [f32]>) {
     let mut arrays: [&mut [f32]; N] = arrays.try_into().expect("as many arrays as counted");
     for i in 0..g.len() / LANES {
         let at = i * LANES..(i + 1) * LANES;
+        let g: [f32; LANES] = f32::load(&g[at.clone()]);
         for array in &mut arrays {
-            let (array, g) = (&mut array[at.clone()], &g[at.clone()]);
+            let mut sum: [f32; LANES] = f32::load(&array[at.clone()]);
             for l in 0..LANES {
-                array[l] += g[l];
+                sum[l] += g[l];
             }
+            f32::store(sum, &mut array[at.clone()], false);
         }
     }
 }

@@ -70,7 +70,7 @@ fn ln(a: f32) -> f32 {
     let s = f / (2.0 + f);
     let z = s * s;
     let r = z * ((0.284_987_87 * z + 0.399_999_98) * z + 0.666_666_6);
-    exponent as f32 * 0.693_147_2 + (2.0 * s + s * r)
+    exponent as f32 * std::f32::consts::LN_2 + (2.0 * s + s * r)
 }
 
 /// sin(2 pi v) and cos(2 pi v) for v in [0, 1): the nearest quarter turn and polynomials in what is left.

@@ -39,7 +39,7 @@ impl Level {
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512dq")
                 && is_x86_feature_detected!("avx512vl");
-            if is_x86_feature_detected!("avx2") {
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c") {
                 return if avx512 { Level::Avx512 } else { Level::Avx2 };
             }
         }
@@ -71,11 +71,11 @@ pub fn run<K: Kernel>(kernel: K) -> K::Out {
 /// Runs a kernel with the registers of `level`, or of the highest level below it that the CPU has.
 pub fn run_at<K: Kernel>(level: Level, kernel: K) -> K::Out {
     #[cfg(target_arch = "x86_64")]
-    let out = match level.min(Level::detected()) {
+    let out = match level.min(Level::detected()).min(K::TOP) {
         // SAFETY: `detected` found every feature that the door enables.
-        Level::Avx512 if K::AVX512 => unsafe { avx512(kernel) },
+        Level::Avx512 => unsafe { avx512(kernel) },
         // SAFETY: as above.
-        Level::Avx512 | Level::Avx2 => unsafe { avx2(kernel) },
+        Level::Avx2 => unsafe { avx2(kernel) },
         Level::Baseline => baseline(kernel),
     };
     #[cfg(not(target_arch = "x86_64"))]

@@ -7,6 +7,7 @@ mod array;
 mod gate;
 mod init;
 mod norm;
+mod norm_backward;
 mod optim;
 mod probe;
 mod stats;
@@ -42,6 +43,7 @@ fn _kilter(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(num_threads, m)?)?;
     m.add_function(wrap_pyfunction!(after_fork, m)?)?;
     norm::register(m)?;
+    norm_backward::register(m)?;
     stats::register(m)?;
     optim::register(m)?;
     init::register(m)?;

@@ -1,27 +1,24 @@
-//! The batch norm ops.
+//! Batch norm, forward.
 
 use crate::array::{Checked, Dtype, Element, Noted, Opening};
 use crate::gate::{self, error};
-use kilter_core::norm::{self, Affine, Data, Finish, Shape, Statistics, Sums, Upstream};
+use kilter_core::norm::{self, Affine, Data, Finish, Shape, Statistics};
 use kilter_core::storage::Storage;
 use kilter_core::{Error, bf16, f16};
 use pyo3::prelude::*;
 
-type Array<'py> = Bound<'py, PyAny>;
+pub(crate) type Array<'py> = Bound<'py, PyAny>;
 
 /// Adds the functions to the module.
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(bn_stats, m)?)?;
     m.add_function(wrap_pyfunction!(bn_finish, m)?)?;
     m.add_function(wrap_pyfunction!(bn_apply, m)?)?;
-    m.add_function(wrap_pyfunction!(bn_train, m)?)?;
-    m.add_function(wrap_pyfunction!(bn_backward_reduce, m)?)?;
-    m.add_function(wrap_pyfunction!(bn_backward_apply, m)?)?;
-    m.add_function(wrap_pyfunction!(bn_backward, m)?)
+    m.add_function(wrap_pyfunction!(bn_train, m)?)
 }
 
 /// The array around its channel axis.
-fn around(x: &Noted<'_>, axis: usize) -> PyResult<Shape> {
+pub(crate) fn around(x: &Noted<'_>, axis: usize) -> PyResult<Shape> {
     let shape = x.shape();
     let Some(&channels) = shape.get(axis) else {
         return Err(error(Error::new("axis", format_args!("less than {}", shape.len()), axis)));
@@ -30,7 +27,7 @@ fn around(x: &Noted<'_>, axis: usize) -> PyResult<Shape> {
 }
 
 /// Refuses an array of another shape than x's.
-fn alike(array: Option<&Noted<'_>>, x: &Noted<'_>) -> PyResult<()> {
+pub(crate) fn alike(array: Option<&Noted<'_>>, x: &Noted<'_>) -> PyResult<()> {
     match array {
         Some(array) if array.shape() != x.shape() => {
             let wanted = format!("shape {:?}", x.shape());
@@ -40,7 +37,7 @@ fn alike(array: Option<&Noted<'_>>, x: &Noted<'_>) -> PyResult<()> {
     }
 }
 
-fn not_data(dtype: Dtype) -> PyErr {
+pub(crate) fn not_data(dtype: Dtype) -> PyErr {
     error(Error::new("x", "dtype float64, float32, float16 or bfloat16", dtype.name()))
 }
 
@@ -52,7 +49,7 @@ fn finish_rule(h: &[f64]) -> PyResult<Finish> {
     }
 }
 
-fn one(count: &[f64]) -> PyResult<f64> {
+pub(crate) fn one(count: &[f64]) -> PyResult<f64> {
     match *count {
         [count] => Ok(count),
         _ => Err(error(Error::new("count", "one number", count.len()))),
@@ -109,7 +106,7 @@ fn copy_moments(
     fill(m2, &moments.m2, "m2")
 }
 
-fn fill(to: &mut [f64], from: &[f64], name: &str) -> Result<(), Error> {
+pub(crate) fn fill(to: &mut [f64], from: &[f64], name: &str) -> Result<(), Error> {
     kilter_core::error::length(name, to, from.len())?;
     to.copy_from_slice(from);
     Ok(())
@@ -185,7 +182,7 @@ impl<'a> Out<'a> {
 }
 
 /// The arrays that say how channels are normalised.
-struct How<'a> {
+pub(crate) struct How<'a> {
     hi: Noted<'a>,
     lo: Noted<'a>,
     rstd: Noted<'a>,
@@ -194,7 +191,7 @@ struct How<'a> {
 }
 
 impl<'a> How<'a> {
-    fn note(
+    pub(crate) fn note(
         o: &mut Opening<'a>,
         [hi, lo, rstd]: [&'a Array<'_>; 3],
         gamma: Option<&'a Array<'_>>,
@@ -211,18 +208,18 @@ impl<'a> How<'a> {
 }
 
 /// What a missing gamma or beta is.
-struct Missing<R> {
+pub(crate) struct Missing<R> {
     ones: Vec<R>,
     zeros: Vec<R>,
 }
 
 impl<R: kilter_core::real::Real> Missing<R> {
-    fn new(channels: usize) -> Self {
+    pub(crate) fn new(channels: usize) -> Self {
         Self { ones: vec![R::ONE; channels], zeros: vec![R::ZERO; channels] }
     }
 }
 
-fn affine<'a, R: kilter_core::real::Real + Element>(
+pub(crate) fn affine<'a, R: kilter_core::real::Real + Element>(
     checked: &Checked,
     how: &How<'a>,
     missing: &'a Missing<R>,
@@ -363,229 +360,5 @@ where
         }
         let data = Data::new(x, weights, shape)?;
         copy_moments(norm::train(data, rule, gamma, beta, residual, relu, out, y)?, count, mean, m2)
-    })
-}
-
-/// What a backward pass reads.
-struct Reads<'a> {
-    dy: Noted<'a>,
-    x: Noted<'a>,
-    weights: Option<Noted<'a>>,
-    how: How<'a>,
-    residual: Option<Noted<'a>>,
-    relu: bool,
-    axis: usize,
-}
-
-impl<'a> Reads<'a> {
-    fn shape(&self) -> PyResult<Shape> {
-        alike(Some(&self.dy), &self.x)?;
-        alike(self.residual.as_ref(), &self.x)?;
-        around(&self.x, self.axis)
-    }
-
-    fn open<S: Storage + Element>(
-        &self,
-        checked: &Checked,
-        shape: Shape,
-        missing: &'a Missing<S::Real>,
-    ) -> PyResult<Upstream<'a, S>>
-    where
-        S::Real: Element,
-    {
-        let data = Data::new(checked.read(&self.x)?, checked.maybe(&self.weights)?, shape).map_err(error)?;
-        let (affine, residual) = (affine(checked, &self.how, missing)?, checked.maybe(&self.residual)?);
-        Upstream::new(checked.read(&self.dy)?, data, affine, residual, self.relu).map_err(error)
-    }
-}
-
-#[pyfunction]
-fn bn_backward_reduce(
-    py: Python<'_>,
-    dy: &Array<'_>,
-    x: &Array<'_>,
-    axis: usize,
-    hi: &Array<'_>,
-    lo: &Array<'_>,
-    rstd: &Array<'_>,
-    gamma: Option<&Array<'_>>,
-    beta: Option<&Array<'_>>,
-    residual: Option<&Array<'_>>,
-    relu: bool,
-    sum_dy: &Array<'_>,
-    sum_dy_xhat: &Array<'_>,
-) -> PyResult<()> {
-    let mut o = Opening::default();
-    let reads = Reads {
-        dy: o.read("dy", dy)?,
-        x: o.read("x", x)?,
-        weights: None,
-        how: How::note(&mut o, [hi, lo, rstd], gamma, beta)?,
-        residual: o.maybe("residual", residual)?,
-        relu,
-        axis,
-    };
-    let sums = [o.write("sum_dy", sum_dy)?, o.write("sum_dy_xhat", sum_dy_xhat)?];
-    let checked = o.check()?;
-    match reads.x.dtype {
-        Dtype::F64 => reduce::<f64>(py, &checked, reads, sums),
-        Dtype::F32 => reduce::<f32>(py, &checked, reads, sums),
-        Dtype::F16 => reduce::<f16>(py, &checked, reads, sums),
-        Dtype::Bf16 => reduce::<bf16>(py, &checked, reads, sums),
-        Dtype::U32 => Err(not_data(reads.x.dtype)),
-    }
-}
-
-fn reduce<S: Storage + Element>(
-    py: Python<'_>,
-    checked: &Checked,
-    reads: Reads<'_>,
-    [sum_dy, sum_dy_xhat]: [Noted<'_>; 2],
-) -> PyResult<()>
-where
-    S::Real: Element,
-{
-    let shape = reads.shape()?;
-    let missing = Missing::new(shape.channels);
-    let up = reads.open::<S>(checked, shape, &missing)?;
-    let (sum_dy, sum_dy_xhat) = (checked.write(&sum_dy)?, checked.write(&sum_dy_xhat)?);
-    gate::run(py, || copy_sums(&norm::backward_reduce(up), sum_dy, sum_dy_xhat))
-}
-
-fn copy_sums(sums: &Sums, sum_dy: &mut [f64], sum_dy_xhat: &mut [f64]) -> Result<(), Error> {
-    fill(sum_dy, &sums.dy, "sum_dy")?;
-    fill(sum_dy_xhat, &sums.dy_xhat, "sum_dy_xhat")
-}
-
-#[pyfunction]
-fn bn_backward_apply(
-    py: Python<'_>,
-    dy: &Array<'_>,
-    x: &Array<'_>,
-    axis: usize,
-    weights: Option<&Array<'_>>,
-    count: &Array<'_>,
-    hi: &Array<'_>,
-    lo: &Array<'_>,
-    rstd: &Array<'_>,
-    gamma: Option<&Array<'_>>,
-    beta: Option<&Array<'_>>,
-    residual: Option<&Array<'_>>,
-    relu: bool,
-    sum_dy: &Array<'_>,
-    sum_dy_xhat: &Array<'_>,
-    dx: &Array<'_>,
-    dresidual: Option<&Array<'_>>,
-) -> PyResult<()> {
-    let mut o = Opening::default();
-    let reads = Reads {
-        dy: o.read("dy", dy)?,
-        x: o.read("x", x)?,
-        weights: o.maybe("weights", weights)?,
-        how: How::note(&mut o, [hi, lo, rstd], gamma, beta)?,
-        residual: o.maybe("residual", residual)?,
-        relu,
-        axis,
-    };
-    let sums = [o.read("count", count)?, o.read("sum_dy", sum_dy)?, o.read("sum_dy_xhat", sum_dy_xhat)?];
-    let out = (o.write("out", dx)?, o.maybe_write("dresidual", dresidual)?);
-    let checked = o.check()?;
-    match reads.x.dtype {
-        Dtype::F64 => backward_apply::<f64>(py, &checked, reads, sums, out),
-        Dtype::F32 => backward_apply::<f32>(py, &checked, reads, sums, out),
-        Dtype::F16 => backward_apply::<f16>(py, &checked, reads, sums, out),
-        Dtype::Bf16 => backward_apply::<bf16>(py, &checked, reads, sums, out),
-        Dtype::U32 => Err(not_data(reads.x.dtype)),
-    }
-}
-
-fn backward_apply<S: Storage + Element>(
-    py: Python<'_>,
-    checked: &Checked,
-    reads: Reads<'_>,
-    [count, sum_dy, sum_dy_xhat]: [Noted<'_>; 3],
-    (dx, dresidual): (Noted<'_>, Option<Noted<'_>>),
-) -> PyResult<()>
-where
-    S::Real: Element,
-{
-    let shape = reads.shape()?;
-    let missing = Missing::new(shape.channels);
-    let up = reads.open::<S>(checked, shape, &missing)?;
-    alike(Some(&dx), &reads.x)?;
-    alike(dresidual.as_ref(), &reads.x)?;
-    let count = one(checked.read(&count)?)?;
-    let (dy, dy_xhat) = (checked.read::<f64>(&sum_dy)?.to_vec(), checked.read::<f64>(&sum_dy_xhat)?.to_vec());
-    let (dx, dresidual) = (checked.write(&dx)?, checked.maybe_write(&dresidual)?);
-    gate::run(py, || norm::backward_apply(up, count, &Sums { first: 0, dy, dy_xhat }, dx, dresidual))
-}
-
-#[pyfunction]
-fn bn_backward(
-    py: Python<'_>,
-    dy: &Array<'_>,
-    x: &Array<'_>,
-    axis: usize,
-    weights: Option<&Array<'_>>,
-    count: &Array<'_>,
-    hi: &Array<'_>,
-    lo: &Array<'_>,
-    rstd: &Array<'_>,
-    gamma: Option<&Array<'_>>,
-    beta: Option<&Array<'_>>,
-    residual: Option<&Array<'_>>,
-    relu: bool,
-    sum_dy: &Array<'_>,
-    sum_dy_xhat: &Array<'_>,
-    dx: &Array<'_>,
-    dresidual: Option<&Array<'_>>,
-) -> PyResult<()> {
-    let mut o = Opening::default();
-    let reads = Reads {
-        dy: o.read("dy", dy)?,
-        x: o.read("x", x)?,
-        weights: o.maybe("weights", weights)?,
-        how: How::note(&mut o, [hi, lo, rstd], gamma, beta)?,
-        residual: o.maybe("residual", residual)?,
-        relu,
-        axis,
-    };
-    let count = o.read("count", count)?;
-    let sums = [o.write("sum_dy", sum_dy)?, o.write("sum_dy_xhat", sum_dy_xhat)?];
-    let out = (o.write("out", dx)?, o.maybe_write("dresidual", dresidual)?);
-    let checked = o.check()?;
-    match reads.x.dtype {
-        Dtype::F64 => backward::<f64>(py, &checked, reads, count, sums, out),
-        Dtype::F32 => backward::<f32>(py, &checked, reads, count, sums, out),
-        Dtype::F16 => backward::<f16>(py, &checked, reads, count, sums, out),
-        Dtype::Bf16 => backward::<bf16>(py, &checked, reads, count, sums, out),
-        Dtype::U32 => Err(not_data(reads.x.dtype)),
-    }
-}
-
-fn backward<S: Storage + Element>(
-    py: Python<'_>,
-    checked: &Checked,
-    reads: Reads<'_>,
-    count: Noted<'_>,
-    [sum_dy, sum_dy_xhat]: [Noted<'_>; 2],
-    (dx, dresidual): (Noted<'_>, Option<Noted<'_>>),
-) -> PyResult<()>
-where
-    S::Real: Element,
-{
-    let shape = reads.shape()?;
-    let missing = Missing::new(shape.channels);
-    let up = reads.open::<S>(checked, shape, &missing)?;
-    alike(Some(&dx), &reads.x)?;
-    alike(dresidual.as_ref(), &reads.x)?;
-    let count = one(checked.read(&count)?)?;
-    let (sum_dy, sum_dy_xhat) = (checked.write::<f64>(&sum_dy)?, checked.write::<f64>(&sum_dy_xhat)?);
-    let (dx, dresidual) = (checked.write(&dx)?, checked.maybe_write(&dresidual)?);
-    gate::run(py, || {
-        for (name, slice) in [("sum_dy", &*sum_dy), ("sum_dy_xhat", &*sum_dy_xhat)] {
-            kilter_core::error::length(name, slice, shape.channels)?;
-        }
-        copy_sums(&norm::backward(up, count, dx, dresidual)?, sum_dy, sum_dy_xhat)
     })
 }

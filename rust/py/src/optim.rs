@@ -3,7 +3,7 @@
 use crate::array::{Checked, Dtype, Element, Name, Noted, Opening};
 use crate::gate::{self, error};
 use kilter_core::kernel::launch;
-use kilter_core::optim::rules::{Adam, AdamOptions, AmsGrad, Form, Momentum, Sgd};
+use kilter_core::optim::rules::{Adam, AdamOptions, AmsGrad, Momentum, Nesterov, Sgd};
 use kilter_core::optim::{Prepare, Rule, Scan, Step, Tensor};
 use kilter_core::storage::Storage;
 use kilter_core::{Error, bf16, f16};
@@ -14,34 +14,32 @@ type Arrays<'py> = Vec<Bound<'py, PyAny>>;
 
 /// Adds the functions to the module.
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
-    m.add("NESTEROV", NESTEROV)?;
-    m.add("LR_INSIDE", LR_INSIDE)?;
     m.add("CHECK_ONLY", CHECK_ONLY)?;
     m.add_function(wrap_pyfunction!(step, m)?)?;
     m.add_function(wrap_pyfunction!(grad_scan, m)?)
 }
 
-/// Bits of `flags`.
-const NESTEROV: u32 = 1;
-const LR_INSIDE: u32 = 2;
-/// Check every argument, change nothing.
-const CHECK_ONLY: u32 = 4;
+/// The bit of `flags` that says: check every argument, change nothing.
+const CHECK_ONLY: u32 = 1;
 
 /// The rules by name, with their scalars. `h` starts with the scale and the limit of gradients.
 #[derive(Clone, Copy)]
 enum Named {
     Sgd { lr: f64, weight_decay: f64 },
-    Momentum { lr: f64, weight_decay: f64, momentum: f64, rate: f64, form: Form },
+    Momentum { weight_decay: f64, momentum: f64, rate: f64, size: f64 },
+    Nesterov { weight_decay: f64, momentum: f64, rate: f64, size: f64 },
     Adam(AdamOptions),
     AmsGrad(AdamOptions),
 }
 
-fn named(rule: &str, h: &[f64], flags: u32) -> Result<Named, Error> {
-    let form = Form { nesterov: flags & NESTEROV != 0, lr_inside: flags & LR_INSIDE != 0 };
+fn named(rule: &str, h: &[f64]) -> Result<Named, Error> {
     match (rule, h) {
         ("sgd", &[lr, weight_decay]) => Ok(Named::Sgd { lr, weight_decay }),
-        ("momentum", &[lr, weight_decay, momentum, rate]) => {
-            Ok(Named::Momentum { lr, weight_decay, momentum, rate, form })
+        ("momentum", &[weight_decay, momentum, rate, size]) => {
+            Ok(Named::Momentum { weight_decay, momentum, rate, size })
+        }
+        ("nesterov", &[weight_decay, momentum, rate, size]) => {
+            Ok(Named::Nesterov { weight_decay, momentum, rate, size })
         }
         ("adam" | "amsgrad", &[lr, l2, keep, beta1, beta2, eps, bias1, bias2]) => {
             let options = AdamOptions { lr, l2, keep, beta1, beta2, eps, bias1, bias2 };
@@ -97,7 +95,7 @@ fn step(
     let [scale, limit, h @ ..] = checked.read::<f64>(&h)? else {
         return Err(error(Error::new("h", "at least two numbers", h.shape()[0])));
     };
-    let rule = named(rule, h, flags).map_err(error)?;
+    let rule = named(rule, h).map_err(error)?;
     let Some(first) = noted_params.first() else { return Ok(()) };
     let (p, g, name) = (first.dtype, noted_grads[0].dtype, first.name());
     let (scale, limit, check_only) = (*scale, *limit, flags & CHECK_ONLY != 0);
@@ -152,8 +150,11 @@ where
     let rule = noting.rule;
     gate::run(py, || match rule {
         Named::Sgd { lr, weight_decay } => opened.launch(Sgd::new(lr, weight_decay)),
-        Named::Momentum { lr, weight_decay, momentum, rate, form } => {
-            opened.launch(Momentum::new(lr, weight_decay, momentum, rate, form))
+        Named::Momentum { weight_decay, momentum, rate, size } => {
+            opened.launch(Momentum::new(weight_decay, momentum, rate, size))
+        }
+        Named::Nesterov { weight_decay, momentum, rate, size } => {
+            opened.launch(Nesterov(Momentum::new(weight_decay, momentum, rate, size)))
         }
         Named::Adam(options) => opened.launch(Adam::new(options)),
         Named::AmsGrad(options) => opened.launch(AmsGrad(Adam::new(options))),

@@ -6,10 +6,10 @@
 
 use super::{Affine, Data, Shape, centred, floor, floored};
 use crate::kernel::{Kernel, launch};
-use crate::lanes::{LANES, Stores, map};
+use crate::lanes::{LANES, Stores, loads, map};
 use crate::moments::{Channels, about, conclude, inverse};
 use crate::real::Real;
-use crate::simd;
+use crate::simd::{self, Level};
 use crate::storage::Storage;
 use std::array::from_fn;
 use std::borrow::Cow;
@@ -32,7 +32,7 @@ pub(super) fn fold(channels: usize, wanted: usize) -> usize {
     if channels == 0 || channels >= wanted {
         return 1;
     }
-    let lcm = (1..=LANES).find(|k| channels * k % LANES == 0).unwrap_or(1);
+    let lcm = (1..=LANES).find(|k| (channels * k).is_multiple_of(LANES)).unwrap_or(1);
     lcm * wanted.div_ceil(channels * lcm)
 }
 
@@ -155,9 +155,25 @@ fn add_some<S: Storage, const N: usize, const K: usize, const M: usize, const B:
         add_group::<S, N, K, M, B, LANES>(&rows, &v, &w, &mut sums, c, f);
         c += LANES;
     }
-    while c < width {
-        add_group::<S, N, K, M, B, 1>(&rows, &v, &w, &mut sums, c, f);
-        c += 1;
+    if c < width {
+        for b in 0..B {
+            add_edge::<S, N, K, M>(&rows.each_ref().map(|rows| [rows[b]]), &v, &[w[b]], &mut sums, c, f);
+        }
+    }
+}
+
+/// The few columns of a row after the groups, one by one. Not inlined: one small copy serves every level.
+#[inline(never)]
+fn add_edge<S: Storage, const N: usize, const K: usize, const M: usize>(
+    rows: &[[&[S]; 1]; N],
+    v: &[&[S::Real]; K],
+    w: &[S::Real; 1],
+    sums: &mut [&mut [S::Real]; M],
+    from: usize,
+    f: &impl Fn([S::Real; N], [S::Real; K], S::Real) -> [S::Real; M],
+) {
+    for c in from..sums[0].len() {
+        add_group::<S, N, K, M, 1, 1>(rows, v, w, sums, c, f);
     }
 }
 
@@ -170,10 +186,10 @@ fn add_group<S: Storage, const N: usize, const K: usize, const M: usize, const B
     c: usize,
     f: &impl Fn([S::Real; N], [S::Real; K], S::Real) -> [S::Real; M],
 ) {
-    let v: [[S::Real; L]; K] = from_fn(|k| S::Real::load(&v[k][c..c + L]));
+    let v: [[S::Real; L]; K] = loads(v, c);
     let mut lanes: [[S::Real; L]; M] = from_fn(|m| S::Real::load(&sums[m][c..c + L]));
     for b in 0..B {
-        let x: [[S::Real; L]; N] = from_fn(|k| S::load(&rows[k][b][c..c + L]));
+        let x: [[S::Real; L]; N] = loads(&from_fn(|k| rows[k][b]), c);
         for l in 0..L {
             let values = f(from_fn(|k| x[k][l]), from_fn(|k| v[k][l]), w[b]);
             for m in 0..M {
@@ -187,7 +203,7 @@ fn add_group<S: Storage, const N: usize, const K: usize, const M: usize, const B
 }
 
 /// The moments of every column.
-struct Stats<'a, S: Storage> {
+struct Stats<'a, S: Storage, const WEIGHTED: bool> {
     x: &'a [S],
     weights: Option<&'a [S::Real]>,
     width: usize,
@@ -198,11 +214,14 @@ pub(super) fn stats<S: Storage>(data: Data<'_, S>) -> Channels {
     let Data { x, weights, shape: Shape { outer, channels, .. } } = data;
     let fold = if weights.is_some() { 1 } else { fold(channels, 64) };
     let (x, rest) = x.split_at(outer / fold * fold * channels);
-    let folded = launch(Stats { x, weights, width: channels * fold });
+    if weights.is_some() {
+        return launch(Stats::<S, true> { x, weights, width: channels });
+    }
+    let folded = launch(Stats::<S, false> { x, weights, width: channels * fold });
     if fold == 1 {
         return folded;
     }
-    let mut all = simd::run(Stats { x: rest, weights, width: channels });
+    let mut all = simd::run(Stats::<S, false> { x: rest, weights, width: channels });
     for k in 0..fold {
         let columns = k * channels..(k + 1) * channels;
         all.absorb(folded.count, &folded.mean[columns.clone()], &folded.m2[columns]);
@@ -210,8 +229,10 @@ pub(super) fn stats<S: Storage>(data: Data<'_, S>) -> Channels {
     all
 }
 
-impl<S: Storage> Kernel for Stats<'_, S> {
+impl<S: Storage, const WEIGHTED: bool> Kernel for Stats<'_, S, WEIGHTED> {
     type Out = Channels;
+
+    const TOP: Level = if WEIGHTED { Level::Baseline } else { Level::Avx2 };
 
     fn bytes(&self) -> usize {
         size_of_val(self.x)
@@ -237,7 +258,7 @@ impl<S: Storage> Kernel for Stats<'_, S> {
         let (mut sum, mut about_mean) = (ColumnSums::<S::Real, 1>::new(width), ColumnSums::<S::Real, 2>::new(width));
         let rows = block_rows(width);
         for (b, x) in self.x.chunks(rows * width).enumerate() {
-            let weights = self.weights.map(|w| &w[b * rows..b * rows + x.len() / width]);
+            let weights = self.weights.filter(|_| WEIGHTED).map(|w| &w[b * rows..b * rows + x.len() / width]);
             let count = match weights {
                 None => (x.len() / width) as f64,
                 Some(weights) => weights.iter().map(|w| w.to_f64()).sum(),

@@ -158,7 +158,13 @@ pub fn one_pass(shape: Shape, size: usize) -> bool {
 
 /// Count, mean and centred second moment of every channel.
 pub fn stats<S: Storage>(data: Data<'_, S>) -> Channels {
-    if data.shape.inner == 1 { columns::stats(data) } else { launch(planes::Stats::new(data)) }
+    if data.shape.inner == 1 {
+        columns::stats(data)
+    } else if data.weights.is_some() {
+        launch(planes::Stats::<S, true>::new(data))
+    } else {
+        launch(planes::Stats::<S, false>::new(data))
+    }
 }
 
 /// From moments to what [`apply`] needs.
@@ -218,7 +224,7 @@ pub fn train<S: Storage>(
         length("residual", residual, shape.len())?;
     }
     out.check(shape.channels)?;
-    if region::resident(shape, size_of::<S>()) {
+    if data.weights.is_none() && region::resident(shape, size_of::<S>()) {
         return Ok(launch(planes::Train::new(data, rule, gamma, beta, residual, relu, out, y)));
     }
     let moments = stats(data);
@@ -329,7 +335,7 @@ pub fn backward<S: Storage>(
     dresidual: Option<&mut [S]>,
 ) -> Result<Sums, Error> {
     let shape = up.data.shape;
-    if region::resident(shape, 2 * size_of::<S>()) {
+    if up.data.weights.is_none() && region::resident(shape, 2 * size_of::<S>()) {
         length("dx", dx, shape.len())?;
         if let Some(dresidual) = &dresidual {
             length("dresidual", dresidual, shape.len())?;

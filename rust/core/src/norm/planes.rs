@@ -10,16 +10,17 @@ use crate::kernel::{Kernel, launch};
 use crate::lanes::{Stores, Sum, map};
 use crate::moments::{Channels, about, conclude, inverse};
 use crate::real::Real;
+use crate::simd::Level;
 use crate::storage::Storage;
 use std::ops::Range;
 
 /// The moments of every channel.
-pub struct Stats<'a, S: Storage> {
+pub struct Stats<'a, S: Storage, const WEIGHTED: bool> {
     data: Data<'a, S>,
     region: Region,
 }
 
-impl<'a, S: Storage> Stats<'a, S> {
+impl<'a, S: Storage, const WEIGHTED: bool> Stats<'a, S, WEIGHTED> {
     /// Over the whole array.
     pub fn new(data: Data<'a, S>) -> Self {
         Self { data, region: Region::all(data.shape, size_of::<S>()) }
@@ -37,8 +38,8 @@ impl<'a, S: Storage> Stats<'a, S> {
         while let Some(block) = blocks.next() {
             // First look: the mean of each channel, rounded.
             let count = match self.data.weights {
-                None => self.plain_means(&tile, &block, &mut plain_sums, &mut plain),
-                Some(weights) => self.weighted_means(&tile, &block, weights, &mut sums, &mut plain),
+                Some(weights) if WEIGHTED => self.weighted_means(&tile, &block, weights, &mut sums, &mut plain),
+                _ => self.plain_means(&tile, &block, &mut plain_sums, &mut plain),
             };
             for t in 0..tile.len() {
                 mean[t] = about::<S>(plain[t]);
@@ -46,8 +47,8 @@ impl<'a, S: Storage> Stats<'a, S> {
             // Second look: squares about that mean; a third with a better one where it is worth it.
             for look in 0..2 {
                 match self.data.weights {
-                    None => self.squares(&tile, &block, blocks.peek(), &mean, &mut sums),
-                    Some(weights) => self.weighted_squares(&tile, &block, weights, &mean, &mut sums),
+                    Some(weights) if WEIGHTED => self.weighted_squares(&tile, &block, weights, &mean, &mut sums),
+                    _ => self.squares(&tile, &block, blocks.peek(), &mean, &mut sums),
                 }
                 let mut settled = true;
                 for t in 0..tile.len() {
@@ -169,8 +170,10 @@ impl<'a, S: Storage> Stats<'a, S> {
     }
 }
 
-impl<S: Storage> Kernel for Stats<'_, S> {
+impl<S: Storage, const WEIGHTED: bool> Kernel for Stats<'_, S, WEIGHTED> {
     type Out = Channels;
+
+    const TOP: Level = if WEIGHTED { Level::Baseline } else { Level::Avx2 };
 
     fn bytes(&self) -> usize {
         self.region.len() * size_of::<S>()
@@ -271,9 +274,10 @@ impl<S: Storage> Kernel for Apply<'_, S> {
     fn merge(_: (), _: ()) {}
 }
 
-/// Statistics and normalised array in one pass over memory: each tile of channels stays in cache in between.
+/// Statistics and normalised array in one pass over memory, without weights: each tile of channels stays in cache in
+/// between.
 pub struct Train<'a, S: Storage> {
-    stats: Stats<'a, S>,
+    stats: Stats<'a, S, false>,
     rule: Finish,
     gamma: &'a [S::Real],
     beta: &'a [S::Real],

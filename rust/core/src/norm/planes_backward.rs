@@ -4,6 +4,7 @@ use super::region::{Region, Samples, TILE, cut, pieces, tile, tiles};
 use super::{Shape, Sums, Upstream, centred, gradient, masked, mean_dy, slope};
 use crate::kernel::{Kernel, launch};
 use crate::lanes::{Stores, Sum, map};
+use crate::simd::Level;
 use crate::storage::Storage;
 use std::ops::Range;
 
@@ -93,12 +94,12 @@ impl<S: Storage> Kernel for Reduce<'_, S> {
     }
 }
 
-/// Writes `dx`, and dz into `dresidual`, for the run `at` of channel c, of which `weights` are the weights.
+/// Writes `dx`, and dz into `dresidual`, for the run `at` of channel c, of which `weights` are the weights if there are any.
 #[inline(always)]
-fn write<S: Storage>(
+fn write<S: Storage, const WEIGHTED: bool>(
     up: &Upstream<'_, S>,
     at: Range<usize>,
-    weights: Option<&[S::Real]>,
+    weights: &[S::Real],
     c: usize,
     [mean_dy, slope]: [S::Real; 2],
     dx: &mut [S],
@@ -112,32 +113,34 @@ fn write<S: Storage>(
     let weighted = |dz, d, w| gradient(dz, d, scale, mean_dy * w, slope * w);
     let behind = |dy, d| masked(dy, d * scale + beta);
     let behind_sum = |dy, d, r| masked(dy, d * scale + beta + r);
-    match (up.relu, up.residual.map(|r| &r[at]).zip(dresidual), weights) {
-        (false, _, None) => map([dy, x], [], [dx], stores, |[dy, x], []| [plain(dy, centred(x, hi, lo))]),
-        (false, _, Some(w)) => map([dy, x], [w], [dx], stores, |[dy, x], [w]| [weighted(dy, centred(x, hi, lo), w)]),
-        (true, None, None) => map([dy, x], [], [dx], stores, |[dy, x], []| {
-            let d = centred(x, hi, lo);
-            [plain(behind(dy, d), d)]
-        }),
-        (true, None, Some(w)) => map([dy, x], [w], [dx], stores, |[dy, x], [w]| {
+    match (up.relu, up.residual.map(|r| &r[at]).zip(dresidual)) {
+        (false, _) if WEIGHTED => {
+            map([dy, x], [weights], [dx], stores, |[dy, x], [w]| [weighted(dy, centred(x, hi, lo), w)]);
+        }
+        (false, _) => map([dy, x], [], [dx], stores, |[dy, x], []| [plain(dy, centred(x, hi, lo))]),
+        (true, None) if WEIGHTED => map([dy, x], [weights], [dx], stores, |[dy, x], [w]| {
             let d = centred(x, hi, lo);
             [weighted(behind(dy, d), d, w)]
         }),
-        (true, Some((r, dr)), None) => map([dy, x, r], [], [dx, dr], stores, |[dy, x, r], []| {
+        (true, None) => map([dy, x], [], [dx], stores, |[dy, x], []| {
             let d = centred(x, hi, lo);
-            let dz = behind_sum(dy, d, r);
-            [plain(dz, d), dz]
+            [plain(behind(dy, d), d)]
         }),
-        (true, Some((r, dr)), Some(w)) => map([dy, x, r], [w], [dx, dr], stores, |[dy, x, r], [w]| {
+        (true, Some((r, dr))) if WEIGHTED => map([dy, x, r], [weights], [dx, dr], stores, |[dy, x, r], [w]| {
             let d = centred(x, hi, lo);
             let dz = behind_sum(dy, d, r);
             [weighted(dz, d, w), dz]
+        }),
+        (true, Some((r, dr))) => map([dy, x, r], [], [dx, dr], stores, |[dy, x, r], []| {
+            let d = centred(x, hi, lo);
+            let dz = behind_sum(dy, d, r);
+            [plain(dz, d), dz]
         }),
     }
 }
 
 /// The gradient of x: elements `start..start + dx.len()`.
-struct Apply<'a, S: Storage> {
+struct Apply<'a, S: Storage, const WEIGHTED: bool> {
     up: Upstream<'a, S>,
     mean_dy: &'a [S::Real],
     slope: &'a [S::Real],
@@ -156,11 +159,17 @@ pub(super) fn apply<S: Storage>(
     dresidual: Option<&mut [S]>,
 ) {
     let stores = Stores::joined(dx, up.data.shape.inner);
-    launch(Apply { up, mean_dy, slope, start: 0, stores, dx, dresidual });
+    if up.data.weights.is_some() {
+        launch(Apply::<S, true> { up, mean_dy, slope, start: 0, stores, dx, dresidual });
+    } else {
+        launch(Apply::<S, false> { up, mean_dy, slope, start: 0, stores, dx, dresidual });
+    }
 }
 
-impl<S: Storage> Kernel for Apply<'_, S> {
+impl<S: Storage, const WEIGHTED: bool> Kernel for Apply<'_, S, WEIGHTED> {
     type Out = ();
+
+    const TOP: Level = if WEIGHTED { Level::Baseline } else { Level::Avx2 };
 
     fn bytes(&self) -> usize {
         size_of_val(self.dx) * if self.dresidual.is_some() { 5 } else { 3 }
@@ -183,20 +192,24 @@ impl<S: Storage> Kernel for Apply<'_, S> {
         let Shape { channels, inner, .. } = up.data.shape;
         for (c, run) in pieces(up.data.shape, start, dx.len()) {
             let at = start + run.start..start + run.end;
-            let weights = up.data.weights.map(|w| {
-                let place = at.start / (channels * inner) * inner + at.start % inner;
-                &w[place..place + run.len()]
-            });
             let dresidual = dresidual.as_deref_mut().map(|d| &mut d[run.clone()]);
             let means = [self.mean_dy[c], self.slope[c]];
-            write(&up, at, weights, c, means, &mut dx[run], dresidual, self.stores);
+            let dx = &mut dx[run.clone()];
+            let weights = match up.data.weights {
+                Some(weights) if WEIGHTED => {
+                    let place = at.start / (channels * inner) * inner + at.start % inner;
+                    &weights[place..place + run.len()]
+                }
+                _ => &[],
+            };
+            write::<S, WEIGHTED>(&up, at, weights, c, means, dx, dresidual, self.stores);
         }
     }
 
     fn merge(_: (), _: ()) {}
 }
 
-/// Sums and gradient in one pass over memory: each tile of channels stays in cache in between.
+/// Sums and gradient in one pass over memory, without weights: each tile of channels stays in cache in between.
 pub struct Backward<'a, S: Storage> {
     reduce: Reduce<'a, S>,
     count: f64,
@@ -247,7 +260,6 @@ impl<S: Storage> Kernel for Backward<'_, S> {
             let mut state = Sums::zero(tile.start, tile.len());
             self.reduce.tile(tile.clone(), &mut state);
             for n in 0..outer {
-                let weights = up.data.weights.map(|w| &w[n * inner..(n + 1) * inner]);
                 for c in tile.clone() {
                     let at = self.reduce.region.at(n, c, &(0..inner));
                     let run = (c - first) * inner..(c - first + 1) * inner;
@@ -256,7 +268,7 @@ impl<S: Storage> Kernel for Backward<'_, S> {
                     let means = [mean_dy(state.dy[t], self.count), slope];
                     let dx = &mut self.dx.0[n][run.clone()];
                     let dresidual = self.dresidual.as_mut().map(|d| &mut d.0[n][run]);
-                    write(&up, at, weights, c, means, dx, dresidual, self.stores);
+                    write::<S, false>(&up, at, &[], c, means, dx, dresidual, self.stores);
                 }
             }
             all.dy.extend(&state.dy);

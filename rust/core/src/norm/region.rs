@@ -141,7 +141,7 @@ pub(super) fn cut(len: usize) -> Option<usize> {
 /// The pieces of planes in elements `start..start + len`: (channel, run), the run counted from `start`.
 #[inline(always)]
 pub(super) fn pieces(shape: Shape, start: usize, len: usize) -> impl Iterator<Item = (usize, Range<usize>)> {
-    let (inner, end) = (shape.inner, start + len);
+    let (inner, end) = (shape.inner.max(1), start + len);
     (start / inner..end.div_ceil(inner)).map(move |plane| {
         let (from, to) = ((plane * inner).max(start), ((plane + 1) * inner).min(end));
         (plane % shape.channels, from - start..to - start)

@@ -8,6 +8,7 @@ pub mod rules;
 use crate::error::{Error, length};
 use crate::kernel::{Kernel, launch};
 use crate::lanes::LANES;
+use crate::moments::BLOCK;
 use crate::real::Real;
 use crate::storage::Storage;
 use std::array::from_fn;
@@ -176,6 +177,22 @@ impl<P: Storage, G: Storage<Real = P::Real>, R: Rule<P::Real, N>, const N: usize
     fn merge(_: (), _: ()) {}
 }
 
+/// Calls `f` with the lane of each element and the element.
+#[inline(always)]
+fn each<G: Storage>(g: &[G], mut f: impl FnMut(usize, G::Real)) {
+    let mut i = 0;
+    while i + LANES <= g.len() {
+        let x: [G::Real; LANES] = G::load(&g[i..i + LANES]);
+        for l in 0..LANES {
+            f(l, x[l]);
+        }
+        i += LANES;
+    }
+    for l in 0..g.len() - i {
+        f(l, g[i + l].widen());
+    }
+}
+
 /// What [`Scan`] found.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Scanned {
@@ -230,22 +247,12 @@ impl<G: Storage> Kernel for Scan<'_, G> {
     #[inline(always)]
     fn run(self) -> Scanned {
         let mut squares = [0.0; LANES];
-        // x - x is 0 where x is finite and NaN where it is not.
+        // x * 0 is 0 where x is finite and NaN where it is not.
         let mut bad = [G::Real::ZERO; LANES];
-        for g in self.tensors {
-            let groups = g.chunks_exact(LANES);
-            for (l, x) in groups.remainder().iter().enumerate() {
-                let x = x.widen();
-                squares[l] += x.to_f64() * x.to_f64();
-                bad[l] = bad[l] + (x - x);
-            }
-            for group in groups {
-                let x: [G::Real; LANES] = G::load(group);
-                for l in 0..LANES {
-                    squares[l] += x[l].to_f64() * x[l].to_f64();
-                    bad[l] = bad[l] + (x[l] - x[l]);
-                }
-            }
+        // Two passes, the second over what the first left in cache: together they do not become wide instructions.
+        for block in self.tensors.iter().flat_map(|g| g.chunks(BLOCK)) {
+            each(block, |l, x| squares[l] += x.to_f64() * x.to_f64());
+            each(block, |l, x| bad[l] = bad[l] + x * G::Real::ZERO);
         }
         let mut all = Scanned { squares: 0.0, finite: true };
         for l in 0..LANES {

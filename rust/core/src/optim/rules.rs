@@ -31,45 +31,51 @@ impl<T: Real> Rule<T, 0> for Sgd<T> {
     }
 }
 
-/// Where the learning rate stands and how far the step looks ahead.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Form {
-    /// Nesterov's look ahead (Sutskever, Martens, Dahl, Hinton 2013).
-    pub nesterov: bool,
-    /// The classical rule: the learning rate is part of the velocity.
-    pub lr_inside: bool,
-}
-
 /// Momentum (Polyak 1964): `v <- momentum v + (1 - dampening) g; p <- p - lr v`, or with the learning rate inside
-/// `v <- momentum v + lr (1 - dampening) g; p <- p - v`. Nesterov steps along `g + momentum v`.
+/// `v <- momentum v + lr (1 - dampening) g; p <- p - v`.
 #[derive(Debug, Clone, Copy)]
 pub struct Momentum<T> {
     decay: T,
     momentum: T,
     /// Weight of the gradient in the velocity.
     rate: T,
-    /// Weights of gradient and velocity in the step.
-    from_g: T,
-    from_v: T,
+    /// Weight of the velocity in the step.
+    size: T,
 }
 
 impl<T: Real> Momentum<T> {
-    /// `rate` is the weight of the gradient in the velocity: 1 - dampening, or 1 at the first step.
-    pub fn new(lr: f64, weight_decay: f64, momentum: f64, rate: f64, form: Form) -> Self {
-        let (inside, outside) = if form.lr_inside { (lr, 1.0) } else { (1.0, lr) };
-        let (from_g, from_v) = if form.nesterov { (lr, outside * momentum) } else { (0.0, outside) };
-        let [decay, momentum, rate, from_g, from_v] =
-            [weight_decay, momentum, inside * rate, from_g, from_v].map(T::from_f64);
-        Self { decay, momentum, rate, from_g, from_v }
+    /// `rate` is the weight of the gradient in the velocity: 1 - dampening, or 1 at the first step; `size` is that of the
+    /// velocity in the step. The learning rate is a factor of one of them.
+    pub fn new(weight_decay: f64, momentum: f64, rate: f64, size: f64) -> Self {
+        let [decay, momentum, rate, size] = [weight_decay, momentum, rate, size].map(T::from_f64);
+        Self { decay, momentum, rate, size }
+    }
+
+    #[inline(always)]
+    fn velocity(self, p: T, g: T, v: T) -> (T, T) {
+        let g = g + self.decay * p;
+        (g, self.momentum * v + self.rate * g)
     }
 }
 
 impl<T: Real> Rule<T, 1> for Momentum<T> {
     #[inline(always)]
     fn step(self, p: T, g: T, [v]: [T; 1]) -> (T, [T; 1]) {
-        let g = g + self.decay * p;
-        let v = self.momentum * v + self.rate * g;
-        (p - (self.from_g * g + self.from_v * v), [flush(v)])
+        let (_, v) = self.velocity(p, g, v);
+        (p - self.size * v, [flush(v)])
+    }
+}
+
+/// Nesterov's look ahead (Sutskever, Martens, Dahl, Hinton 2013): [`Momentum`] that steps along `g + momentum v`.
+#[derive(Debug, Clone, Copy)]
+pub struct Nesterov<T>(pub Momentum<T>);
+
+impl<T: Real> Rule<T, 1> for Nesterov<T> {
+    #[inline(always)]
+    fn step(self, p: T, g: T, [v]: [T; 1]) -> (T, [T; 1]) {
+        let rule = self.0;
+        let (g, v) = rule.velocity(p, g, v);
+        (p - rule.size * (rule.rate * g + rule.momentum * v), [flush(v)])
     }
 }
 

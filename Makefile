@@ -1,0 +1,36 @@
+# The words of daily work. They run in the active environment, or in the one of PYTHON=.venv/bin/python.
+
+PYTHON ?= python
+
+.PHONY: setup fmt lint test bench size
+
+setup:  # an environment in .venv, with kilter in place; again after a change of Rust code
+	test -d .venv || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --editable '.[test]'
+
+fmt:
+	$(PYTHON) -m ruff format .
+	$(PYTHON) -m ruff check --fix .
+	cargo fmt
+
+lint:
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+	$(PYTHON) -m mypy.stubtest kilter._kilter
+	cargo fmt --check
+	cargo clippy --quiet --workspace --all-targets -- -D warnings
+
+test:
+	$(PYTHON) -m pytest
+	cargo test --quiet --release -p kilter-core
+
+bench:
+	cargo bench -p kilter-core
+	$(PYTHON) -m pytest benches
+
+size:  # of the wheel: under 1.5 MB
+	rm -rf target/size
+	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir target/size .
+	@stat --printf '%n: %s bytes\n' target/size/*.whl
+	@test $$(stat --format %s target/size/*.whl) -lt 1500000

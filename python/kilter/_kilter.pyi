@@ -1,0 +1,204 @@
+"""The operations of the Rust core on NumPy arrays.
+
+Every operation fills arrays that are given to it and returns None. Arrays are C-contiguous, aligned and of
+native byte order; written ones share memory with no other. Data are float64, float32, float16 or bfloat16.
+gamma, beta, hi, lo, rstd, weights, running statistics and optimizer state have the dtype of the arithmetic:
+float64 for float64, else float32. count, mean, m2, sums and h are float64. Scalars that change from step to
+step travel in the vector h.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Final, TypeAlias
+
+import numpy as np
+
+__all__ = [
+    "CHECK_ONLY",
+    "KilterError",
+    "LayoutError",
+    "__version__",
+    "after_fork",
+    "bn_apply",
+    "bn_backward",
+    "bn_backward_apply",
+    "bn_backward_reduce",
+    "bn_finish",
+    "bn_stats",
+    "bn_train",
+    "ema",
+    "fill_normal",
+    "fill_uniform",
+    "grad_scan",
+    "num_threads",
+    "philox",
+    "probe_copy",
+    "probe_update",
+    "simd_level",
+    "step",
+]
+
+_Array: TypeAlias = np.ndarray[Any, Any]
+
+__version__: Final[str]
+CHECK_ONLY: Final[int]
+"""The bit of `flags` that says: check every argument, change nothing."""
+
+class KilterError(ValueError):
+    """An argument does not fit; the message names it."""
+
+class LayoutError(KilterError):
+    """An input would have to be copied first; Python does that."""
+
+def simd_level() -> str:
+    """Returns the level of SIMD instructions in use: baseline, avx2 or avx512."""
+
+def num_threads() -> int:
+    """Returns the number of threads in use."""
+
+def after_fork() -> None:
+    """Replaces the thread pool; to be called in a child process right after a fork."""
+
+def bn_stats(x: _Array, axis: int, weights: _Array | None, count: _Array, mean: _Array, m2: _Array) -> None:
+    """Fills count, mean and centred second moment of each channel; weights has one value per position."""
+
+def bn_finish(
+    count: _Array,
+    mean: _Array,
+    m2: _Array,
+    h: _Array,
+    hi: _Array,
+    lo: _Array,
+    rstd: _Array,
+    running_mean: _Array | None,
+    running_var: _Array | None,
+) -> None:
+    """Fills mean = hi + lo and rstd, moves the running statistics; h = (eps, momentum, unbiased)."""
+
+def bn_apply(
+    x: _Array,
+    axis: int,
+    hi: _Array,
+    lo: _Array,
+    rstd: _Array,
+    gamma: _Array | None,
+    beta: _Array | None,
+    residual: _Array | None,
+    relu: bool,
+    y: _Array,
+) -> None:
+    """Fills y = ((x - hi) - lo) * (gamma * rstd) + beta (+ residual), cut off below zero with relu."""
+
+def bn_train(
+    x: _Array,
+    axis: int,
+    weights: _Array | None,
+    h: _Array,
+    gamma: _Array | None,
+    beta: _Array | None,
+    residual: _Array | None,
+    relu: bool,
+    count: _Array,
+    mean: _Array,
+    m2: _Array,
+    hi: _Array,
+    lo: _Array,
+    rstd: _Array,
+    running_mean: _Array | None,
+    running_var: _Array | None,
+    y: _Array,
+) -> None:
+    """Fills what bn_stats, bn_finish and bn_apply fill, same bits, in fewer passes over memory."""
+
+def bn_backward_reduce(
+    dy: _Array,
+    x: _Array,
+    axis: int,
+    hi: _Array,
+    lo: _Array,
+    rstd: _Array,
+    gamma: _Array | None,
+    beta: _Array | None,
+    residual: _Array | None,
+    relu: bool,
+    sum_dy: _Array,
+    sum_dy_xhat: _Array,
+) -> None:
+    """Fills the gradients of beta and gamma: sums of dz and dz * x̂; dz is dy behind the ReLU's mask."""
+
+def bn_backward_apply(
+    dy: _Array,
+    x: _Array,
+    axis: int,
+    weights: _Array | None,
+    count: _Array,
+    hi: _Array,
+    lo: _Array,
+    rstd: _Array,
+    gamma: _Array | None,
+    beta: _Array | None,
+    residual: _Array | None,
+    relu: bool,
+    sum_dy: _Array,
+    sum_dy_xhat: _Array,
+    dx: _Array,
+    dresidual: _Array | None,
+) -> None:
+    """Fills dx, and dz into dresidual, from the sums; sums of zero take the statistics as constant."""
+
+def bn_backward(
+    dy: _Array,
+    x: _Array,
+    axis: int,
+    weights: _Array | None,
+    count: _Array,
+    hi: _Array,
+    lo: _Array,
+    rstd: _Array,
+    gamma: _Array | None,
+    beta: _Array | None,
+    residual: _Array | None,
+    relu: bool,
+    sum_dy: _Array,
+    sum_dy_xhat: _Array,
+    dx: _Array,
+    dresidual: _Array | None,
+) -> None:
+    """Fills what bn_backward_reduce and bn_backward_apply fill, same bits, in fewer passes over memory."""
+
+def ema(s: _Array, x: _Array, h: _Array) -> None:
+    """Moves s to s + momentum * (x - s); h = (momentum,)."""
+
+def step(
+    rule: str,
+    names: Sequence[str],
+    params: Sequence[_Array],
+    grads: Sequence[_Array],
+    state: Sequence[_Array],
+    masters: _Array | None,
+    h: _Array,
+    flags: int,
+) -> None:
+    """Updates params, state and masters by a rule; h = (scale and limit of gradients, scalars of the rule).
+
+    The rules and their scalars: sgd (lr, weight_decay); momentum and nesterov (weight_decay, momentum, rate,
+    size); adam and amsgrad (lr, l2, keep, beta1, beta2, eps, bias1, bias2). State and masters are flat, one
+    element per parameter.
+    """
+
+def grad_scan(names: Sequence[str], grads: Sequence[_Array], out: _Array) -> None:
+    """Fills out with the sum of the squares of all gradients, and 1 or 0 for whether all are finite."""
+
+def philox(out: _Array, seed: int, stream: int, attempt: int = 0) -> None:
+    """Fills a uint32 array with Philox4x32-10 words."""
+
+def fill_uniform(out: _Array, seed: int, stream: int, h: _Array) -> None:
+    """Fills out with shift + scale * u, u uniform on [0, 1); h = (shift, scale)."""
+
+def fill_normal(out: _Array, seed: int, stream: int, h: _Array) -> None:
+    """Fills out with shift + scale * z, z standard normal; h = (shift, scale)."""
+
+def probe_copy(source: _Array, target: _Array) -> None:
+    """Fills target with source, float32: the yardstick of what writes a new array."""
+
+def probe_update(g: _Array, arrays: Sequence[_Array]) -> None:
+    """Adds g to one to four float32 arrays: the yardstick of an optimizer with as many."""
