@@ -99,8 +99,8 @@ def batch_norm(
 
     Notes:
         Reads x once where the slice of a channel fits in cache, otherwise twice, and writes y once. The running
-        variance is the unbiased one, n / (n - 1), unless `running` says otherwise. The sums are taken per block about the
-        block's mean and merged in float64, so that a mean of 1e4 at a spread of 1 costs no accuracy.
+        variance is the unbiased one, n / (n - 1), unless `running` says otherwise. The sums are taken per block about
+        the block's mean and merged in float64, so that a mean of 1e4 at a spread of 1 costs no accuracy.
 
     References:
         Ioffe, Szegedy 2015, arXiv:1502.03167.

@@ -21,7 +21,7 @@ from kilter import _kilter
 Work = Callable[[], object]
 
 COPY_BYTES = 256 << 20  # of the array that the yardstick copies: far more than any cache
-SAMPLE_SECONDS = 5e-3  # short work is repeated until a sample takes this long
+SAMPLE_SECONDS = 20e-3  # short work is repeated until a sample takes this long
 REST_SECONDS = 20e-3  # other libraries' threads spin for a moment after their work, on the core of the next
 LEAST, MOST = 7, 101  # rounds
 
@@ -98,6 +98,8 @@ def by_turns(
         rounds.append([])
         for work, count in zip(works, counts, strict=True):
             time.sleep(rest)
+            if sample:
+                work()  # not timed: what the work before left in the caches is not this one's
             rounds[-1].append(timed(work, count))
     return [median(times) for times in zip(*rounds, strict=True)], counts
 
@@ -105,7 +107,8 @@ def by_turns(
 def measure(case: Case, seconds: float = 1.0, least: int = LEAST) -> Row:
     """Times a case by turns with its yardstick and its peers."""
     works = [case.work, case.yard, *case.peers.values()]
-    rest = REST_SECONDS if case.peers else 0.0
+    # NumPy's threads do not spin.
+    rest = REST_SECONDS if set(case.peers) - {"numpy"} else 0.0
     (own, yard, *others), counts = by_turns(works, seconds, least, rest=rest)
     peers = {name: 1e3 * taken for name, taken in zip(case.peers, others, strict=True)}
     yardstick = case.yard_bytes / yard / 1e9

@@ -5,6 +5,7 @@
 
 use crate::error::Error;
 use crate::kernel::Kernel;
+use half::f16;
 use std::sync::OnceLock;
 
 /// What the CPU offers, as far as kernels use it. Other architectures than x86-64 run `Baseline`: on AArch64 that
@@ -133,6 +134,58 @@ pub fn stream<T: Copy, const L: usize>(line: &[T; L], to: &mut [T]) {
         return;
     }
     *to = *line;
+}
+
+/// Widens with the CPU's own instruction, which is exact; false where it has none or `L` is no multiple of 8.
+#[inline(always)]
+pub fn widen_halves<const L: usize>(from: &[f16; L], to: &mut [f32; L]) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if L.is_multiple_of(8) && level() >= Level::Avx2 {
+        // SAFETY: `detected` found F16C where the level is Avx2 or above.
+        unsafe { f16c_widen(from, to) };
+        return true;
+    }
+    let _ = (from, to);
+    false
+}
+
+/// Narrows with the CPU's own instruction, to nearest even; false where it has none or `L` is no multiple of 8.
+#[inline(always)]
+pub fn narrow_halves<const L: usize>(from: &[f32; L], to: &mut [f16; L]) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if L.is_multiple_of(8) && level() >= Level::Avx2 {
+        // SAFETY: `detected` found F16C where the level is Avx2 or above.
+        unsafe { f16c_narrow(from, to) };
+        return true;
+    }
+    let _ = (from, to);
+    false
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,f16c")]
+fn f16c_widen<const L: usize>(from: &[f16; L], to: &mut [f32; L]) {
+    use std::arch::x86_64::{_mm_loadu_si128, _mm256_cvtph_ps, _mm256_storeu_ps};
+    for i in 0..L / 8 {
+        // SAFETY: eight elements from 8 * i on lie in both arrays; f16 is two bytes of bits.
+        unsafe {
+            let eight = _mm_loadu_si128(from.as_ptr().add(8 * i).cast());
+            _mm256_storeu_ps(to.as_mut_ptr().add(8 * i), _mm256_cvtph_ps(eight));
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,f16c")]
+fn f16c_narrow<const L: usize>(from: &[f32; L], to: &mut [f16; L]) {
+    use std::arch::x86_64::{_MM_FROUND_TO_NEAREST_INT, _mm_storeu_si128, _mm256_cvtps_ph, _mm256_loadu_ps};
+    for i in 0..L / 8 {
+        // SAFETY: as in `f16c_widen`.
+        unsafe {
+            let eight = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(_mm256_loadu_ps(from.as_ptr().add(8 * i)));
+            _mm_storeu_si128(to.as_mut_ptr().add(8 * i).cast(), eight);
+        }
+    }
 }
 
 /// Asks memory for the line of `place`, to be used soon.

@@ -30,11 +30,16 @@ pub trait Storage: Copy + Default + PartialEq + Send + Sync + 'static {
     #[inline(always)]
     fn store<const L: usize>(values: [Self::Real; L], to: &mut [Self], stream: bool) {
         let line: [Self; L] = from_fn(|l| Self::narrow(values[l]));
-        if stream {
-            simd::stream(&line, &mut to[..L]);
-        } else {
-            to[..L].copy_from_slice(&line);
-        }
+        put(line, to, stream);
+    }
+}
+
+#[inline(always)]
+fn put<S: Copy, const L: usize>(line: [S; L], to: &mut [S], stream: bool) {
+    if stream {
+        simd::stream(&line, &mut to[..L]);
+    } else {
+        to[..L].copy_from_slice(&line);
     }
 }
 
@@ -101,6 +106,41 @@ impl Storage for f16 {
         // From 65520 on, halfway to the value after the largest, the nearest is infinity.
         let value = if magnitude >= 0x477F_F000 { special } else { finite };
         f16::from_bits((value | (bits >> 16) & 0x8000) as u16)
+    }
+
+    #[inline(always)]
+    fn load<const L: usize>(from: &[Self]) -> [f32; L] {
+        let from: &[Self; L] = from[..L].try_into().expect("sliced to L");
+        let mut to = [0.0; L];
+        if !simd::widen_halves(from, &mut to) {
+            widen_halves(from, &mut to);
+        }
+        to
+    }
+
+    #[inline(always)]
+    fn store<const L: usize>(values: [f32; L], to: &mut [Self], stream: bool) {
+        let mut line = [f16::ZERO; L];
+        if !simd::narrow_halves(&values, &mut line) {
+            narrow_halves(&values, &mut line);
+        }
+        put(line, to, stream);
+    }
+}
+
+// Not inlined: the conversions are long, and a copy in every loop of every kernel would be a tenth of the wheel.
+
+#[inline(never)]
+fn widen_halves<const L: usize>(from: &[f16; L], to: &mut [f32; L]) {
+    for l in 0..L {
+        to[l] = from[l].widen();
+    }
+}
+
+#[inline(never)]
+fn narrow_halves<const L: usize>(from: &[f32; L], to: &mut [f16; L]) {
+    for l in 0..L {
+        to[l] = f16::narrow(from[l]);
     }
 }
 
