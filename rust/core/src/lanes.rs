@@ -15,13 +15,14 @@ pub const LANES: usize = 16;
 /// Bytes of a line of cache.
 const LINE: usize = 64;
 
-/// Writes `y[m][i] = f(x[..][i], v[..][i])[m]` for every `i`.
+/// Writes `y[m][i] = f(x[..][i], v[..][i])[m]` for every `i`. Meanwhile, where stores are streamed, memory fetches `ahead`.
 #[inline(always)]
-pub fn map<S: Storage, const N: usize, const K: usize, const M: usize>(
+pub fn map<S: Storage, const N: usize, const K: usize, const M: usize, const A: usize>(
     x: [&[S]; N],
     v: [&[S::Real]; K],
     mut y: [&mut [S]; M],
     stores: Stores,
+    ahead: [&[S]; A],
     f: impl Fn([S::Real; N], [S::Real; K]) -> [S::Real; M],
 ) {
     let n = y[0].len();
@@ -36,6 +37,11 @@ pub fn map<S: Storage, const N: usize, const K: usize, const M: usize>(
         edge(&x, &v, &mut y, 0..head, &f);
         i = head;
         while i + LANES <= n {
+            for ahead in ahead {
+                if i < ahead.len() {
+                    simd::prefetch_far(&ahead[i]);
+                }
+            }
             group::<S, N, K, M, LANES>(&x, &v, &mut y, i, true, &f);
             i += LANES;
         }

@@ -41,7 +41,7 @@ impl Kernel for Copy<'_> {
 
     #[inline(always)]
     fn run(self) {
-        map([self.from], [], [self.to], self.stores, |x, []| x);
+        map([self.from], [], [self.to], self.stores, [], |x, []| x);
     }
 
     fn merge(_: (), _: ()) {}

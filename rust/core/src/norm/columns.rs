@@ -365,10 +365,10 @@ impl<S: Storage> Kernel for Apply<'_, S> {
             let at = r * width..r * width + y.len();
             let x = &self.x[at.clone()];
             match self.residual {
-                None => map([x], vectors, [y], stores, |[x], [hi, lo, scale, beta]| {
+                None => map([x], vectors, [y], stores, [], |[x], [hi, lo, scale, beta]| {
                     [floored(centred(x, hi, lo) * scale + beta, floor)]
                 }),
-                Some(r) => map([x, &r[at]], vectors, [y], stores, |[x, r], [hi, lo, scale, beta]| {
+                Some(r) => map([x, &r[at]], vectors, [y], stores, [], |[x, r], [hi, lo, scale, beta]| {
                     [floored(centred(x, hi, lo) * scale + beta + r, floor)]
                 }),
             }

@@ -178,18 +178,18 @@ impl<S: Storage> Kernel for Apply<'_, S> {
             let w = self.weights.map_or(S::Real::ONE, |w| w[r]);
             let residual = self.residual.map(|r| &r[at.clone()]);
             match (relu, residual.zip(dresidual.as_deref_mut())) {
-                (false, _) => map([dy, x], vectors, [dx], stores, |[dy, x], [hi, lo, scale, _, mean_dy, slope]| {
+                (false, _) => map([dy, x], vectors, [dx], stores, [], |[dy, x], [hi, lo, scale, _, mean_dy, slope]| {
                     [gradient(dy, centred(x, hi, lo), scale, mean_dy * w, slope * w)]
                 }),
                 (true, None) => {
-                    map([dy, x], vectors, [dx], stores, |[dy, x], [hi, lo, scale, beta, mean_dy, slope]| {
+                    map([dy, x], vectors, [dx], stores, [], |[dy, x], [hi, lo, scale, beta, mean_dy, slope]| {
                         let d = centred(x, hi, lo);
                         [gradient(masked(dy, d * scale + beta), d, scale, mean_dy * w, slope * w)]
                     })
                 }
                 (true, Some((r, dr))) => {
                     let out = [dx, &mut dr[at]];
-                    map([dy, x, r], vectors, out, stores, |[dy, x, r], [hi, lo, scale, beta, mean_dy, slope]| {
+                    map([dy, x, r], vectors, out, stores, [], |[dy, x, r], [hi, lo, scale, beta, mean_dy, slope]| {
                         let d = centred(x, hi, lo);
                         let dz = masked(dy, d * scale + beta + r);
                         [gradient(dz, d, scale, mean_dy * w, slope * w), dz]

@@ -215,11 +215,14 @@ fn normalise<S: Storage>(
     floor: S::Real,
     y: &mut [S],
     stores: Stores,
+    ahead: &[S],
 ) {
     let scale = gamma * rstd;
     match residual {
-        None => map([x], [], [y], stores, |[x], []| [floored(centred(x, hi, lo) * scale + beta, floor)]),
-        Some(r) => map([x, r], [], [y], stores, |[x, r], []| [floored(centred(x, hi, lo) * scale + beta + r, floor)]),
+        None => map([x], [], [y], stores, [ahead], |[x], []| [floored(centred(x, hi, lo) * scale + beta, floor)]),
+        Some(r) => {
+            map([x, r], [], [y], stores, [ahead], |[x, r], []| [floored(centred(x, hi, lo) * scale + beta + r, floor)])
+        }
     }
 }
 
@@ -267,7 +270,15 @@ impl<S: Storage> Kernel for Apply<'_, S> {
     fn run(self) {
         for (c, run) in pieces(self.shape, self.start, self.y.len()) {
             let residual = self.residual.map(|r| &r[run.clone()]);
-            normalise(&self.x[run.clone()], residual, self.affine.one(c), self.floor, &mut self.y[run], self.stores);
+            normalise(
+                &self.x[run.clone()],
+                residual,
+                self.affine.one(c),
+                self.floor,
+                &mut self.y[run],
+                self.stores,
+                &[],
+            );
         }
     }
 
@@ -375,8 +386,11 @@ impl<S: Storage> Kernel for Train<'_, S> {
                     let at = self.stats.region.at(n, c, &(0..shape.inner));
                     let y = &mut y[(c - first) * shape.inner..(c - first + 1) * shape.inner];
                     let residual = self.residual.map(|r| &r[at.clone()]);
-                    let x = &self.stats.data.x[at];
-                    normalise(x, residual, affine.one(c - first), self.floor, y, self.stores);
+                    // Memory fetches the next tile while this one is written.
+                    let next = at.start + tile.len() * shape.inner;
+                    let ahead = if c + tile.len() < channels.end { next..next + shape.inner } else { 0..0 };
+                    let (x, ahead) = (&self.stats.data.x[at], &self.stats.data.x[ahead]);
+                    normalise(x, residual, affine.one(c - first), self.floor, y, self.stores, ahead);
                 }
             }
             all.count = state.count;

@@ -105,6 +105,7 @@ fn write<S: Storage, const WEIGHTED: bool>(
     dx: &mut [S],
     dresidual: Option<&mut [S]>,
     stores: Stores,
+    ahead: [&[S]; 2],
 ) {
     let [hi, lo, rstd, gamma, beta] = up.affine.one(c);
     let scale = gamma * rstd;
@@ -115,23 +116,23 @@ fn write<S: Storage, const WEIGHTED: bool>(
     let behind_sum = |dy, d, r| masked(dy, d * scale + beta + r);
     match (up.relu, up.residual.map(|r| &r[at]).zip(dresidual)) {
         (false, _) if WEIGHTED => {
-            map([dy, x], [weights], [dx], stores, |[dy, x], [w]| [weighted(dy, centred(x, hi, lo), w)]);
+            map([dy, x], [weights], [dx], stores, ahead, |[dy, x], [w]| [weighted(dy, centred(x, hi, lo), w)]);
         }
-        (false, _) => map([dy, x], [], [dx], stores, |[dy, x], []| [plain(dy, centred(x, hi, lo))]),
-        (true, None) if WEIGHTED => map([dy, x], [weights], [dx], stores, |[dy, x], [w]| {
+        (false, _) => map([dy, x], [], [dx], stores, ahead, |[dy, x], []| [plain(dy, centred(x, hi, lo))]),
+        (true, None) if WEIGHTED => map([dy, x], [weights], [dx], stores, ahead, |[dy, x], [w]| {
             let d = centred(x, hi, lo);
             [weighted(behind(dy, d), d, w)]
         }),
-        (true, None) => map([dy, x], [], [dx], stores, |[dy, x], []| {
+        (true, None) => map([dy, x], [], [dx], stores, ahead, |[dy, x], []| {
             let d = centred(x, hi, lo);
             [plain(behind(dy, d), d)]
         }),
-        (true, Some((r, dr))) if WEIGHTED => map([dy, x, r], [weights], [dx, dr], stores, |[dy, x, r], [w]| {
+        (true, Some((r, dr))) if WEIGHTED => map([dy, x, r], [weights], [dx, dr], stores, ahead, |[dy, x, r], [w]| {
             let d = centred(x, hi, lo);
             let dz = behind_sum(dy, d, r);
             [weighted(dz, d, w), dz]
         }),
-        (true, Some((r, dr))) => map([dy, x, r], [], [dx, dr], stores, |[dy, x, r], []| {
+        (true, Some((r, dr))) => map([dy, x, r], [], [dx, dr], stores, ahead, |[dy, x, r], []| {
             let d = centred(x, hi, lo);
             let dz = behind_sum(dy, d, r);
             [plain(dz, d), dz]
@@ -202,7 +203,7 @@ impl<S: Storage, const WEIGHTED: bool> Kernel for Apply<'_, S, WEIGHTED> {
                 }
                 _ => &[],
             };
-            write::<S, WEIGHTED>(&up, at, weights, c, means, dx, dresidual, self.stores);
+            write::<S, WEIGHTED>(&up, at, weights, c, means, dx, dresidual, self.stores, [&[], &[]]);
         }
     }
 
@@ -262,13 +263,17 @@ impl<S: Storage> Kernel for Backward<'_, S> {
             for n in 0..outer {
                 for c in tile.clone() {
                     let at = self.reduce.region.at(n, c, &(0..inner));
+                    // Memory fetches the next tile while this one is written.
+                    let next = at.start + tile.len() * inner;
+                    let ahead = if c + tile.len() < channels.end { next..next + inner } else { 0..0 };
+                    let ahead = [up.dy, up.data.x].map(|a| &a[ahead.clone()]);
                     let run = (c - first) * inner..(c - first + 1) * inner;
                     let t = c - tile.start;
                     let slope = slope(state.dy_xhat[t], self.count, up.affine.rstd[c]);
                     let means = [mean_dy(state.dy[t], self.count), slope];
                     let dx = &mut self.dx.0[n][run.clone()];
                     let dresidual = self.dresidual.as_mut().map(|d| &mut d.0[n][run]);
-                    write::<S, false>(&up, at, &[], c, means, dx, dresidual, self.stores);
+                    write::<S, false>(&up, at, &[], c, means, dx, dresidual, self.stores, ahead);
                 }
             }
             all.dy.extend(&state.dy);
