@@ -119,7 +119,7 @@ BAD = {
     "label too high": (lambda: nn.softmax_cross_entropy(X, Y + 3), r"labels in \[0, 4\), got 4"),
     "label too low": (lambda: nn.softmax_cross_entropy(X, Y - 1), r"labels in \[0, 4\), got -1"),
     "float labels": (lambda: nn.softmax_cross_entropy(X, Y.astype(F64)), "targets: expected integers"),
-    "list of labels": (lambda: nn.softmax_cross_entropy(X, [0, 1]), "targets: expected an array"),
+    "list of labels": (lambda: nn.softmax_cross_entropy(X, [0, 1]), "targets: expected a NumPy array"),
     "too many labels": (lambda: nn.softmax_cross_entropy(X, np.array([0, 1, 2])), "targets: expected shape"),
     "soft shape": (lambda: nn.softmax_cross_entropy(X, np.ones((2, 3))), "targets: expected shape"),
     "soft sum": (
@@ -137,7 +137,7 @@ BAD = {
     "integer logits": (lambda: nn.softmax_cross_entropy(X.astype(int), Y), "logits: expected dtype float64"),
     "bce range": (lambda: nn.bce_with_logits(X, X + 1), r"targets: expected numbers in \[0, 1\]"),
     "bce shape": (lambda: nn.bce_with_logits(X, X[:1]), "targets: expected shape"),
-    "mse list": (lambda: nn.mse([1.0], X), "y: expected an array"),
+    "mse list": (lambda: nn.mse([1.0], X), "y: expected a NumPy array"),
 }
 
 

@@ -415,7 +415,7 @@ X = np.ones((2, 4), np.float32)
 BAD = {
     "wrong width": (lambda: nn.Linear(3, 2, seed=0)(X), r"x: expected shape \(N, 3\), got \(2, 4\)"),
     "wrong dtype": (lambda: nn.Linear(4, 2, seed=0)(X.astype(F64)), "x: expected dtype float32, got float64"),
-    "no array": (lambda: nn.Linear(4, 2, seed=0)([[1.0] * 4]), "x: expected an array, got list"),
+    "no array": (lambda: nn.Linear(4, 2, seed=0)([[1.0] * 4]), "x: expected a NumPy array, got list"),
     "dy": (lambda: _forward_then_backward(nn.Linear(4, 2, seed=0)), r"dy: expected shape \(2, 2\)"),
     "dy of relu": (lambda: _forward_then_backward(nn.ReLU()), r"dy: expected shape \(2, 4\)"),
     "no features": (lambda: nn.Linear(0, 2, seed=0), "features: expected at least 1"),
@@ -444,3 +444,15 @@ def test_mistakes_are_named(name):
     call, message = BAD[name]
     with pytest.raises(kilter.KilterError, match=message):
         call()
+
+
+def test_arrays_from_elsewhere_are_refused_with_a_hint():
+    class Foreign:
+        shape, dtype, ndim = (4, 3), np.dtype(np.float32), 2
+
+    Foreign.__module__ = "cupy"
+    for layer in (nn.Linear(3, 2, seed=0), nn.ReLU(), nn.BatchNorm(3)):
+        with pytest.raises(kilter.KilterError, match=r"x: .*cupy"):
+            layer(Foreign())
+    with pytest.raises(kilter.KilterError, match=r"y: .*cupy"):
+        nn.mse(Foreign(), Foreign())

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from kilter import _check
 from kilter.nn.module import Array, Module, expect
 
 
@@ -14,6 +15,7 @@ class ReLU(Module):
 
     def forward(self, x: Array) -> Array:
         """y, of x's shape and dtype."""
+        _check.array("x", x)
         y = self._y = self.buffer("y", x.shape, x.dtype)
         np.maximum(x, x.dtype.type(0), out=y)
         return y

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from kilter import _check
 from kilter._check import KilterError, arithmetic
 from kilter.nn.module import Array, expect
 
@@ -173,8 +174,7 @@ def _soft(targets: Array, shape: tuple[int, ...], real: np.dtype[Any]) -> Array:
 
 
 def _pair(y: Array, targets: Array, name: str) -> tuple[Array, Array, np.dtype[Any]]:
-    if not hasattr(y, "shape"):
-        raise KilterError(f"{name}: expected an array, got {type(y).__name__}")
+    _check.array(name, y)
     real = arithmetic(name, y.dtype)
     expect(targets, y.shape, None, "targets")
     if y.size == 0:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Self, TypeAlias
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from kilter import _check
 from kilter._check import KilterError, dtype_of
 
 Array: TypeAlias = NDArray[Any]
@@ -23,9 +24,7 @@ class LoadReport(NamedTuple):
 
 def expect(x: Array, shape: tuple[int | str, ...], dtype: np.dtype[Any] | None, name: str = "x") -> None:
     """Raise a KilterError unless x has this shape (a str stands for any size) and dtype."""
-    given = getattr(x, "shape", None)
-    if given is None:
-        raise KilterError(f"{name}: expected an array, got {type(x).__name__}")
+    given = _check.array(name, x).shape
     if len(given) != len(shape) or any(w != g for w, g in zip(shape, given, strict=True) if w.__class__ is int):
         wanted = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
         raise KilterError(f"{name}: expected shape ({wanted}), got {given}")
