@@ -36,7 +36,7 @@ fn map_reaches_every_element<S: Storage>() {
                 let [mut a, mut b] = [(); 2].map(|()| vec![outside; LONGEST + 2 * LANES]);
                 // The second output starts elsewhere, so that at most one of the two is aligned.
                 let (to_a, to_b) = (&mut a[at.clone()], &mut b[start + 1..start + 1 + n]);
-                map([&x[at.clone()], &r[at.clone()]], [&v[at.clone()]], [to_a, to_b], stores, f);
+                map([&x[at.clone()], &r[at.clone()]], [&v[at.clone()]], [to_a, to_b], stores, [&x[..0]; 1], f);
                 assert!(bits(&a[at.clone()]) == bits(&wanted[0]), "{n} elements from {start}, {stores:?}");
                 assert!(bits(&b[start + 1..start + 1 + n]) == bits(&wanted[1]), "{n} from {start}, {stores:?}");
                 let untouched = a[..start].iter().chain(&a[at.end..]).chain(&b[..=start]).chain(&b[at.end + 1..]);

@@ -8,6 +8,9 @@ use crate::simd::Level;
 use crate::storage::Storage;
 use std::ops::Range;
 
+/// Elements that memory needs to have warning of, at least.
+const AHEAD: usize = 2048;
+
 /// The gradients of beta and gamma of every channel.
 pub struct Reduce<'a, S: Storage> {
     up: Upstream<'a, S>,
@@ -25,8 +28,8 @@ impl<'a, S: Storage> Reduce<'a, S> {
     fn tile(&self, tile: Range<usize>, state: &mut Sums) {
         let Upstream { dy, data, affine, residual, relu } = self.up;
         let mut sums = [Sum::<S::Real, 2>::ZERO; TILE];
-        // Memory fetches the plane of the next sample meanwhile.
-        let stride = data.shape.channels * data.shape.inner;
+        // Memory fetches the plane of the next sample meanwhile; of a small plane, one further ahead.
+        let stride = data.shape.channels * data.shape.inner * (AHEAD / data.shape.inner.max(1)).max(1);
         for (planes, inner) in self.region.blocks() {
             sums[..tile.len()].fill(Sum::ZERO);
             for n in planes {
