@@ -39,7 +39,7 @@ const GRAIN: usize = 1 << 20;
 const PARTS: usize = 32;
 
 /// Below this many bytes one thread is faster than waking a second.
-const PARALLEL_BYTES: usize = 4 << 20;
+const PARALLEL_BYTES: usize = 6 << 20;
 
 /// Runs a kernel on as many threads as it is worth, and merges the parts along a tree that depends on the shape only.
 pub fn launch<K: Kernel>(kernel: K) -> K::Out {
