@@ -4,6 +4,7 @@ use crate::error::{Error, length};
 use crate::kernel::{Kernel, launch};
 use crate::lanes::LANES;
 use crate::real::Real;
+use crate::simd::Level;
 use crate::storage::Storage;
 
 /// One step of an average, in float64.
@@ -51,7 +52,7 @@ impl<S: Storage> Kernel for Ema<'_, S> {
     }
 
     #[inline(always)]
-    fn run(self) {
+    fn run(self, _: Level) {
         let x = &self.x[..self.s.len()];
         for i in 0..self.s.len() {
             self.s[i] = self.s[i] + self.momentum * (x[i].widen() - self.s[i]);

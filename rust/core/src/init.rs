@@ -4,6 +4,7 @@ use crate::kernel::Kernel;
 use crate::lanes::{LANES, Stores};
 use crate::real::Real;
 use crate::rng::{GROUP, group, normal_pair, unit};
+use crate::simd::Level;
 use crate::storage::Storage;
 
 /// What is made of the random words of 64 elements.
@@ -88,7 +89,7 @@ impl<S: Storage, V: Variate> Kernel for Fill<'_, S, V> {
     }
 
     #[inline(always)]
-    fn run(self) {
+    fn run(self, level: Level) {
         for (b, chunk) in (self.first..).zip(self.out.chunks_mut(GROUP)) {
             let variates = self.variate.variates(group(self.seed, self.stream, 0, b));
             for k in 0..4 {
@@ -98,8 +99,10 @@ impl<S: Storage, V: Variate> Kernel for Fill<'_, S, V> {
                 }
                 let from = (k * LANES).min(chunk.len());
                 let part = &mut chunk[from..];
-                if part.len() >= LANES {
-                    S::store(values, part, self.past);
+                if part.len() >= LANES && self.past {
+                    S::stream(level, values, part);
+                } else if part.len() >= LANES {
+                    S::store(values, part);
                 } else {
                     for (to, value) in part.iter_mut().zip(values) {
                         *to = S::narrow(value);
@@ -145,7 +148,7 @@ impl Kernel for Words<'_> {
     }
 
     #[inline(always)]
-    fn run(self) {
+    fn run(self, _: Level) {
         for (b, chunk) in self.out.chunks_mut(GROUP).enumerate() {
             let words = group(self.seed, self.stream, self.attempt, self.first + b as u64);
             chunk.copy_from_slice(&words.as_flattened()[..chunk.len()]);

@@ -1,7 +1,7 @@
 //! Work that can be halved, and how it is spread over threads. The only place that knows rayon.
 
 use crate::error::Error;
-use crate::simd;
+use crate::simd::{self, Level};
 use rayon::ThreadPool;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -16,7 +16,7 @@ pub trait Kernel: Sized + Send {
 
     /// The highest level that this kernel is compiled for. `Avx512` where 512-bit registers were measured to be faster
     /// than 256-bit ones, `Baseline` where the kernel is too rare for a second copy in the wheel.
-    const TOP: simd::Level = simd::Level::Avx2;
+    const TOP: Level = Level::Avx2;
 
     /// Bytes read and written.
     fn bytes(&self) -> usize;
@@ -24,9 +24,9 @@ pub trait Kernel: Sized + Send {
     /// Two parts, or the whole where it cannot be split.
     fn halve(self) -> Result<(Self, Self), Self>;
 
-    /// Does the work. `#[inline(always)]` on every implementation: the body must melt into the door that has the CPU
-    /// features.
-    fn run(self) -> Self::Out;
+    /// Does the work with the registers of `level`, which each door passes as a constant. `#[inline(always)]` on every
+    /// implementation: the body must melt into the door that has the CPU features.
+    fn run(self, level: Level) -> Self::Out;
 
     /// The result of both parts.
     fn merge(left: Self::Out, right: Self::Out) -> Self::Out;

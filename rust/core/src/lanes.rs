@@ -4,7 +4,7 @@
 //! place in the run, never on its address.
 
 use crate::real::Real;
-use crate::simd::{self, STREAM_ALIGN, STREAM_BYTES};
+use crate::simd::{self, Level, STREAM_ALIGN, STREAM_BYTES};
 use crate::storage::Storage;
 use std::array::from_fn;
 use std::ops::Range;
@@ -18,43 +18,64 @@ const LINE: usize = 64;
 /// Writes `y[m][i] = f(x[..][i], v[..][i])[m]` for every `i`. Meanwhile, where stores are streamed, memory fetches `ahead`.
 #[inline(always)]
 pub fn map<S: Storage, const N: usize, const K: usize, const M: usize, const A: usize>(
+    level: Level,
     x: [&[S]; N],
     v: [&[S::Real]; K],
     mut y: [&mut [S]; M],
     stores: Stores,
     ahead: [&[S]; A],
-    f: impl Fn([S::Real; N], [S::Real; K]) -> [S::Real; M],
+    f: impl Fn([S::Real; N], [S::Real; K]) -> [S::Real; M] + Copy,
 ) {
     let n = y[0].len();
     let x = x.map(|x| &x[..n]);
     let v = v.map(|v| &v[..n]);
     let mut y = y.each_mut().map(|y| &mut y[..n]);
-    let mut i = 0;
+    let (mut i, mut stream) = (0, false);
+    if level.compact() {
+        return edge(&x, &v, &mut y, 0..n, &{ f });
+    }
     if let Stores::Streamed { from } = stores {
-        // One by one up to there; an output out of step with the first uses ordinary stores.
+        // With ordinary stores up to there; an output out of step with the first uses them throughout.
         let head = y[0].as_ptr().align_offset(from);
         let head = if head < LINE / size_of::<S>() { head.min(n) } else { 0 };
-        edge(&x, &v, &mut y, 0..head, &f);
-        i = head;
-        while i + LANES <= n {
+        few(&x, &v, &mut y, 0..head, f);
+        (i, stream) = (head, true);
+    }
+    while i + LANES <= n {
+        if stream {
             for ahead in ahead {
                 if i < ahead.len() {
                     simd::prefetch_far(&ahead[i]);
                 }
             }
-            group::<S, N, K, M, LANES>(&x, &v, &mut y, i, true, &f);
-            i += LANES;
         }
-    } else {
-        while i + LANES <= n {
-            group::<S, N, K, M, LANES>(&x, &v, &mut y, i, false, &f);
-            i += LANES;
-        }
+        group::<S, N, K, M, LANES>(stream.then_some(level), &x, &v, &mut y, i, &f);
+        i += LANES;
     }
-    edge(&x, &v, &mut y, i..n, &f);
+    few(&x, &v, &mut y, i..n, f);
 }
 
-/// The few places before and after the groups, one by one. Not inlined: one small copy serves every caller and level.
+/// Less than a group: four by four, then one by one.
+#[inline(always)]
+fn few<S: Storage, const N: usize, const K: usize, const M: usize>(
+    x: &[&[S]; N],
+    v: &[&[S::Real]; K],
+    y: &mut [&mut [S]; M],
+    places: Range<usize>,
+    f: impl Fn([S::Real; N], [S::Real; K]) -> [S::Real; M] + Copy,
+) {
+    let mut i = places.start;
+    while i + 4 <= places.end {
+        group::<S, N, K, M, 4>(None, x, v, y, i, &f);
+        i += 4;
+    }
+    if i < places.end {
+        edge(x, v, y, i..places.end, &{ f });
+    }
+}
+
+/// Places one by one: what is left of a run, or all of it at a compact level. Not inlined: one small copy serves every
+/// level.
 #[inline(never)]
 fn edge<S: Storage, const N: usize, const K: usize, const M: usize>(
     x: &[&[S]; N],
@@ -64,7 +85,7 @@ fn edge<S: Storage, const N: usize, const K: usize, const M: usize>(
     f: &impl Fn([S::Real; N], [S::Real; K]) -> [S::Real; M],
 ) {
     for i in places {
-        group::<S, N, K, M, 1>(x, v, y, i, false, f);
+        group::<S, N, K, M, 1>(None, x, v, y, i, f);
     }
 }
 
@@ -81,11 +102,11 @@ pub fn loads<S: Storage, const N: usize, const L: usize>(x: &[&[S]; N], i: usize
 
 #[inline(always)]
 fn group<S: Storage, const N: usize, const K: usize, const M: usize, const L: usize>(
+    stream: Option<Level>,
     x: &[&[S]; N],
     v: &[&[S::Real]; K],
     y: &mut [&mut [S]; M],
     i: usize,
-    stream: bool,
     f: &impl Fn([S::Real; N], [S::Real; K]) -> [S::Real; M],
 ) {
     let x: [[S::Real; L]; N] = loads(x, i);
@@ -98,7 +119,10 @@ fn group<S: Storage, const N: usize, const K: usize, const M: usize, const L: us
         }
     }
     for m in 0..M {
-        S::store(out[m], &mut y[m][i..i + L], stream);
+        match stream {
+            Some(level) => S::stream(level, out[m], &mut y[m][i..i + L]),
+            None => S::store(out[m], &mut y[m][i..i + L]),
+        }
     }
 }
 
@@ -152,6 +176,7 @@ impl<R: Real, const M: usize> Sum<R, M> {
     #[inline(always)]
     pub fn add<S: Storage<Real = R>, const N: usize, const K: usize, const A: usize>(
         &mut self,
+        level: Level,
         x: [&[S]; N],
         v: [&[R]; K],
         ahead: [&[S]; A],
@@ -165,7 +190,7 @@ impl<R: Real, const M: usize> Sum<R, M> {
             }
             let to = n.min(from + Self::CHAIN - self.filled);
             let ahead = ahead.map(|ahead| ahead.get(from..).unwrap_or(&[]));
-            self.chain(x.map(|x| &x[from..to]), v.map(|v| &v[from..to]), ahead, &f);
+            self.chain(level, x.map(|x| &x[from..to]), v.map(|v| &v[from..to]), ahead, &f);
             self.filled += to - from;
             from = to;
         }
@@ -174,12 +199,16 @@ impl<R: Real, const M: usize> Sum<R, M> {
     #[inline(always)]
     fn chain<S: Storage<Real = R>, const N: usize, const K: usize, const A: usize>(
         &mut self,
+        level: Level,
         x: [&[S]; N],
         v: [&[R]; K],
         ahead: [&[S]; A],
         f: &impl Fn([R; N], [R; K]) -> [R; M],
     ) {
         let n = x[0].len();
+        if level.compact() {
+            return self.one_by_one(&x, &v, f);
+        }
         let mut lanes = self.lanes;
         let mut i = 0;
         while i + 2 * LANES <= n {
@@ -200,22 +229,26 @@ impl<R: Real, const M: usize> Sum<R, M> {
         }
         self.lanes = lanes;
         if i < n {
-            self.rest(&x.map(|x| &x[i..]), &v.map(|v| &v[i..]), f);
+            self.one_by_one(&x.map(|x| &x[i..]), &v.map(|v| &v[i..]), f);
         }
     }
 
-    /// The few places after the groups, each into a lane of its own. Not inlined: see [`edge`].
+    /// The few places after the groups, or all: the lanes that [`Sum::chain`] gives them. Not inlined: see [`edge`].
     #[inline(never)]
-    fn rest<S: Storage<Real = R>, const N: usize, const K: usize>(
+    fn one_by_one<S: Storage<Real = R>, const N: usize, const K: usize>(
         &mut self,
         x: &[&[S]; N],
         v: &[&[R]; K],
         f: &impl Fn([R; N], [R; K]) -> [R; M],
     ) {
-        for l in 0..x[0].len().min(LANES) {
-            let values = f(from_fn(|k| x[k][l].widen()), from_fn(|k| v[k][l]));
+        let n = x[0].len();
+        let whole = n / LANES;
+        for i in 0..n {
+            let (group, l) = (i / LANES, i % LANES);
+            let half = if group < whole { group % 2 } else { 1 };
+            let values = f(from_fn(|k| x[k][i].widen()), from_fn(|k| v[k][i]));
             for m in 0..M {
-                self.lanes[m][1][l] = self.lanes[m][1][l] + values[m];
+                self.lanes[m][half][l] = self.lanes[m][half][l] + values[m];
             }
         }
     }

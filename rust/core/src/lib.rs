@@ -5,6 +5,7 @@
 //!
 //! * [`error`]: what is said when lengths or values do not fit.
 //! * [`real`], [`storage`]: the arithmetic of a kernel (f32, f64) and what lies in memory (f64, f32, f16, bf16).
+//! * [`stored`]: arrays whose element type is known at run time only.
 //! * [`simd`]: the CPU level, the door through which a kernel gets wide registers, streaming stores.
 //! * [`kernel`]: the trait of everything that runs, and [`kernel::launch`], which splits it over threads.
 //! * [`lanes`]: the two loops that kernels are made of: map over runs, sum over runs.
@@ -41,6 +42,7 @@ pub mod real;
 pub mod rng;
 pub mod simd;
 pub mod storage;
+pub mod stored;
 
 pub use error::Error;
 pub use half::{bf16, f16};

@@ -1,8 +1,8 @@
 //! Count, mean and centred second moment, and how they merge.
 //!
-//! A block's mean is a sum in the arithmetic type; a second look at the block, still in cache, takes the squares about
-//! that mean, and the sum of the differences corrects it. Blocks merge in float64. No shift is taken from the data: it
-//! may be an outlier or a padding zero.
+//! A block is summed about the mean of the blocks before it, differences and their squares in one look; the sum of the
+//! differences corrects both. Where that mean turns out to be far off, the block, still in cache, is looked at again about
+//! its own mean. Blocks merge in float64. No single value is taken for a mean: it may be an outlier or a padding zero.
 
 use crate::real::Real;
 use crate::storage::Storage;
@@ -32,26 +32,42 @@ impl Moments {
     }
 }
 
-/// What two looks at a block say: its moments, and whether to look again about their mean.
-///
-/// The first look gave the mean `plain` of the values; the second gave `first`, the sum of their differences from
-/// `about`, and `second`, that of their squares; `inverse` is 1 / count. Where the mean is large beside the spread, `first`
-/// corrects it; where it is small, the differences would only add their own rounding. Where they say more about the
-/// rounding of `about` than about the spread, another look is worth it: it makes the variance of a constant exactly zero.
+/// A block is not looked at more often than this.
+pub const LOOKS: usize = 5;
+
+/// The value about which a block is summed first, from the moments of what came before it: their mean where it is large
+/// beside the spread; else 0, about which differences need no rounding.
 #[inline(always)]
-pub fn conclude(count: f64, inverse: f64, plain: f64, about: f64, first: f64, second: f64) -> (Moments, bool) {
-    let spread = second * inverse;
-    let shift = if 64.0 * about * about < spread { plain - about } else { first * inverse };
-    let excess = shift * shift * count;
-    let m2 = second - excess;
-    (Moments { count, mean: about + shift, m2: if m2 < 0.0 { 0.0 } else { m2 } }, excess > 0.5 * second)
+pub fn guess<S: Storage>(count: f64, mean: f64, m2: f64) -> S::Real {
+    if 8.0 * mean * mean * count > m2 { about::<S>(mean) } else { S::Real::ZERO }
 }
 
-/// The value about which a block is summed: its mean, rounded to the type of the data. More digits than the data have
-/// would be lost in every difference, always in the same direction.
+/// The value about which a block is summed again, after it was found to have this mean. A guess may be so far off that
+/// no digits are left of the values: then the second time is about 0.
 #[inline(always)]
-pub fn about<S: Storage>(mean: f64) -> S::Real {
-    S::narrow(S::Real::from_f64(mean)).widen()
+pub fn again<S: Storage>(look: usize, guess: S::Real, mean: f64) -> S::Real {
+    if look == 1 && guess != S::Real::ZERO { S::Real::ZERO } else { about::<S>(mean) }
+}
+
+/// What a look at a block says: its moments, and whether to look again about their mean.
+///
+/// `first` is the sum of the differences from `about`, `second` that of their squares; `inverse` is 1 / count. Where the
+/// correction of the squares is no small part of them, another look is worth it; it also makes the variance of a constant
+/// exactly zero.
+#[inline(always)]
+pub fn conclude<R: Real>(count: f64, inverse: f64, about: R, first: f64, second: f64) -> (Moments, bool) {
+    let shift = first * inverse;
+    let excess = shift * shift * count;
+    let (mean, m2) = (about.to_f64() + shift, second - excess);
+    let settled = excess <= 0.25 * second && second < f64::INFINITY || about == R::ZERO && mean.is_nan();
+    (Moments { count, mean, m2: if m2 < 0.0 { 0.0 } else { m2 } }, !settled)
+}
+
+/// `mean` rounded to the type of the data, or 0 where it is not finite. More digits than the data have would be lost in
+/// every difference, always in the same direction.
+#[inline(always)]
+fn about<S: Storage>(mean: f64) -> S::Real {
+    if mean.is_finite() { S::narrow(S::Real::from_f64(mean)).widen() } else { S::Real::ZERO }
 }
 
 /// 1 / count, or 0 where there is nothing.
@@ -79,11 +95,17 @@ impl Channels {
         Self { first, count: 0.0, mean: vec![0.0; n], m2: vec![0.0; n] }
     }
 
+    /// Appends the channels that follow.
+    pub fn append(&mut self, other: Self) {
+        self.count = self.count.max(other.count);
+        self.mean.extend(other.mean);
+        self.m2.extend(other.m2);
+    }
+
     /// Adds values of the same channels, or appends the channels that follow.
     pub fn merge(mut self, other: Self) -> Self {
         if other.first != self.first {
-            self.mean.extend(other.mean);
-            self.m2.extend(other.m2);
+            self.append(other);
             return self;
         }
         self.absorb(other.count, &other.mean, &other.m2);

@@ -3,6 +3,7 @@
 use crate::error::{Error, length};
 use crate::kernel::Kernel;
 use crate::lanes::{LANES, Stores, map};
+use crate::simd::Level;
 use crate::storage::Storage;
 
 /// Copies, past the caches where an output of that size would be: the yardstick of everything that writes a new array.
@@ -40,8 +41,8 @@ impl Kernel for Copy<'_> {
     }
 
     #[inline(always)]
-    fn run(self) {
-        map([self.from], [], [self.to], self.stores, [], |x, []| x);
+    fn run(self, level: Level) {
+        map(level, [self.from], [], [self.to], self.stores, [], |x, []| x);
     }
 
     fn merge(_: (), _: ()) {}
@@ -78,7 +79,7 @@ fn update<const N: usize>(g: &[f32], arrays: Vec<&mut [f32]>) {
             for l in 0..LANES {
                 sum[l] += g[l];
             }
-            f32::store(sum, &mut array[at.clone()], false);
+            f32::store(sum, &mut array[at.clone()]);
         }
     }
 }
@@ -98,7 +99,7 @@ impl Kernel for Update<'_> {
     }
 
     #[inline(always)]
-    fn run(self) {
+    fn run(self, _: Level) {
         match self.arrays.len() {
             1 => update::<1>(self.g, self.arrays),
             2 => update::<2>(self.g, self.arrays),

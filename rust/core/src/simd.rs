@@ -33,6 +33,14 @@ impl Level {
         }
     }
 
+    /// Whether kernels are compiled small rather than wide at this level: processors without AVX2 are rare, and their copy
+    /// of every kernel would be the larger half of the wheel. The bits are the same.
+    #[inline(always)]
+    pub(crate) const fn compact(self) -> bool {
+        cfg!(target_arch = "x86_64") && matches!(self, Level::Baseline)
+    }
+
+    #[inline(never)] // it is long, and part of every launch
     fn detected() -> Level {
         #[cfg(target_arch = "x86_64")]
         {
@@ -71,8 +79,15 @@ pub fn run<K: Kernel>(kernel: K) -> K::Out {
 
 /// Runs a kernel with the registers of `level`, or of the highest level below it that the CPU has.
 pub fn run_at<K: Kernel>(level: Level, kernel: K) -> K::Out {
+    let out = enter(level, kernel);
+    fence();
+    out
+}
+
+/// As [`run_at`], for a part of a kernel that is running: it streams nothing, so that no fence ends it.
+pub(crate) fn enter<K: Kernel>(level: Level, kernel: K) -> K::Out {
     #[cfg(target_arch = "x86_64")]
-    let out = match level.min(Level::detected()).min(K::TOP) {
+    return match level.min(Level::detected()).min(K::TOP) {
         // SAFETY: `detected` found every feature that the door enables.
         Level::Avx512 => unsafe { avx512(kernel) },
         // SAFETY: as above.
@@ -80,30 +95,28 @@ pub fn run_at<K: Kernel>(level: Level, kernel: K) -> K::Out {
         Level::Baseline => baseline(kernel),
     };
     #[cfg(not(target_arch = "x86_64"))]
-    let out = baseline(kernel);
-    fence();
-    out
+    baseline(kernel)
 }
 
 // The doors are not inlined, so that each kernel has a symbol of its own whose assembly can be checked.
 
 #[inline(never)]
 fn baseline<K: Kernel>(kernel: K) -> K::Out {
-    kernel.run()
+    kernel.run(Level::Baseline)
 }
 
 #[cfg(target_arch = "x86_64")]
 #[inline(never)]
 #[target_feature(enable = "avx2,f16c")]
 fn avx2<K: Kernel>(kernel: K) -> K::Out {
-    kernel.run()
+    kernel.run(Level::Avx2)
 }
 
 #[cfg(target_arch = "x86_64")]
 #[inline(never)]
 #[target_feature(enable = "avx2,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
 fn avx512<K: Kernel>(kernel: K) -> K::Out {
-    kernel.run()
+    kernel.run(Level::Avx512)
 }
 
 /// Outputs of this many bytes and more go past the caches: they would not stay there anyway, and an ordinary store
@@ -116,23 +129,30 @@ pub const STREAM_ALIGN: usize = 16;
 /// Writes `line` to `to`, which starts at a multiple of [`STREAM_ALIGN`], past the caches. Falls back to ordinary
 /// stores where that does not hold. Visible to other threads after the door's fence.
 #[inline(always)]
-pub fn stream<T: Copy, const L: usize>(line: &[T; L], to: &mut [T]) {
+pub fn stream<T: Copy, const L: usize>(level: Level, line: &[T; L], to: &mut [T]) {
     let to: &mut [T; L] = to.try_into().expect("a streamed line has the length of its target");
     #[cfg(target_arch = "x86_64")]
     if size_of::<[T; L]>().is_multiple_of(16) && to.as_ptr().addr().is_multiple_of(STREAM_ALIGN) {
-        use std::arch::x86_64::{__m128, _mm_loadu_ps, _mm_stream_ps};
-        let from: *const f32 = line.as_ptr().cast();
+        use std::arch::x86_64::{_mm_loadu_ps, _mm_stream_ps, _mm256_loadu_ps, _mm256_stream_ps};
         let to: *mut f32 = to.as_mut_ptr().cast();
-        for i in 0..size_of::<[T; L]>() / 16 {
-            // SAFETY: both arrays have size_of::<[T; L]>() bytes, i * 16 + 16 of them at most are touched; T is Copy,
-            // its bytes move unchanged; `to` is aligned to 16 as the branch checked; SSE2 is part of x86-64.
-            unsafe {
-                let value: __m128 = _mm_loadu_ps(from.add(i * 4));
-                _mm_stream_ps(to.add(i * 4), value);
+        if level >= Level::Avx2 && size_of::<[T; L]>().is_multiple_of(32) && to.addr().is_multiple_of(32) {
+            let from: *const f32 = line.as_ptr().cast();
+            for i in 0..size_of::<[T; L]>() / 32 {
+                // SAFETY: both arrays have size_of::<[T; L]>() bytes, i * 32 + 32 of them at most are touched; T is Copy,
+                // its bytes move unchanged; `to` is aligned to 32; the door of `level` has AVX.
+                unsafe { _mm256_stream_ps(to.add(i * 8), _mm256_loadu_ps(from.add(i * 8))) };
             }
+            return;
+        }
+        // Through memory, so that what computes the line is not narrowed to the width of these stores.
+        let from: *const f32 = std::hint::black_box(line).as_ptr().cast();
+        for i in 0..size_of::<[T; L]>() / 16 {
+            // SAFETY: as above, with 16 bytes; SSE2 is part of x86-64.
+            unsafe { _mm_stream_ps(to.add(i * 4), _mm_loadu_ps(from.add(i * 4))) };
         }
         return;
     }
+    let _ = level;
     *to = *line;
 }
 

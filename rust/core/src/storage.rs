@@ -1,7 +1,7 @@
 //! What lies in memory, and how it becomes numbers that kernels compute with.
 
 use crate::real::Real;
-use crate::simd;
+use crate::simd::{self, Level};
 use half::{bf16, f16};
 use std::array::from_fn;
 
@@ -26,20 +26,22 @@ pub trait Storage: Copy + Default + PartialEq + Send + Sync + 'static {
         from_fn(|l| from[l].widen())
     }
 
-    /// Writes `values` to the start of `to`; past the caches when `stream` (then `to` is 16-byte aligned).
+    /// `values`, each rounded to this type.
     #[inline(always)]
-    fn store<const L: usize>(values: [Self::Real; L], to: &mut [Self], stream: bool) {
-        let line: [Self; L] = from_fn(|l| Self::narrow(values[l]));
-        put(line, to, stream);
+    fn round<const L: usize>(values: [Self::Real; L]) -> [Self; L] {
+        from_fn(|l| Self::narrow(values[l]))
     }
-}
 
-#[inline(always)]
-fn put<S: Copy, const L: usize>(line: [S; L], to: &mut [S], stream: bool) {
-    if stream {
-        simd::stream(&line, &mut to[..L]);
-    } else {
-        to[..L].copy_from_slice(&line);
+    /// Writes `values` to the start of `to`.
+    #[inline(always)]
+    fn store<const L: usize>(values: [Self::Real; L], to: &mut [Self]) {
+        to[..L].copy_from_slice(&Self::round(values));
+    }
+
+    /// Writes `values` to the start of `to` past the caches; `to` is 16-byte aligned.
+    #[inline(always)]
+    fn stream<const L: usize>(level: Level, values: [Self::Real; L], to: &mut [Self]) {
+        simd::stream(level, &Self::round(values), &mut to[..L]);
     }
 }
 
@@ -119,12 +121,12 @@ impl Storage for f16 {
     }
 
     #[inline(always)]
-    fn store<const L: usize>(values: [f32; L], to: &mut [Self], stream: bool) {
+    fn round<const L: usize>(values: [f32; L]) -> [Self; L] {
         let mut line = [f16::ZERO; L];
         if !simd::narrow_halves(&values, &mut line) {
             narrow_halves(&values, &mut line);
         }
-        put(line, to, stream);
+        line
     }
 }
 

@@ -19,6 +19,8 @@ fn lengths() -> impl Iterator<Item = usize> {
 }
 
 const LONGEST: usize = 4100;
+/// The loops of the wide levels, and the compact one.
+const LOOPS: [Level; 2] = [Level::Avx2, Level::Baseline];
 const STORES: [Stores; 3] = [Stores::Cached, Stores::Streamed { from: 16 }, Stores::Streamed { from: 64 }];
 
 fn map_reaches_every_element<S: Storage>() {
@@ -32,11 +34,12 @@ fn map_reaches_every_element<S: Storage>() {
             let at = start..start + n;
             let wanted: [Vec<S>; 2] =
                 from_fn(|m| at.clone().map(|i| S::narrow(f([x[i].widen(), r[i].widen()], [v[i]])[m])).collect());
-            for stores in STORES {
+            for (level, stores) in LOOPS.into_iter().flat_map(|level| STORES.map(|stores| (level, stores))) {
                 let [mut a, mut b] = [(); 2].map(|()| vec![outside; LONGEST + 2 * LANES]);
                 // The second output starts elsewhere, so that at most one of the two is aligned.
                 let (to_a, to_b) = (&mut a[at.clone()], &mut b[start + 1..start + 1 + n]);
-                map([&x[at.clone()], &r[at.clone()]], [&v[at.clone()]], [to_a, to_b], stores, [&x[..0]; 1], f);
+                let (x, v) = ([&x[at.clone()], &r[at.clone()]], [&v[at.clone()]]);
+                map(level, x, v, [to_a, to_b], stores, [&[]; 1], f);
                 assert!(bits(&a[at.clone()]) == bits(&wanted[0]), "{n} elements from {start}, {stores:?}");
                 assert!(bits(&b[start + 1..start + 1 + n]) == bits(&wanted[1]), "{n} from {start}, {stores:?}");
                 let untouched = a[..start].iter().chain(&a[at.end..]).chain(&b[..=start]).chain(&b[at.end + 1..]);
@@ -56,10 +59,10 @@ fn sums_count_every_element<S: Storage>() {
     let (x, w) = (integers::<S>(LONGEST, 1), integers::<S::Real>(LONGEST, 2));
     for n in lengths() {
         // In one run, and in three, so that a run starts inside a chain.
-        for cuts in [[0, n, n], [0, n / 3, n / 2]] {
+        for (level, cuts) in LOOPS.into_iter().flat_map(|level| [[0, n, n], [0, n / 3, n / 2]].map(|cuts| (level, cuts))) {
             let mut sum = Sum::<S::Real, 2>::ZERO;
             for run in [cuts[0]..cuts[1], cuts[1]..cuts[2], cuts[2]..n] {
-                sum.add([&x[run.clone()]], [&w[run]], [], |[x], [w]| [x, x * w]);
+                sum.add(level, [&x[run.clone()]], [&w[run]], [], |[x], [w]| [x, x * w]);
             }
             let plain: f64 = x[..n].iter().map(|x| x.widen().to_f64()).sum();
             let product: f64 = x[..n].iter().zip(&w).map(|(x, w)| x.widen().to_f64() * w.to_f64()).sum();
@@ -77,16 +80,17 @@ fn sums() {
 fn sums_do_not_see_addresses<S: Storage>() {
     let x = numbers::<S>(LONGEST, 1);
     for n in lengths() {
-        let total = |run: &[S]| {
+        let total = |level, run: &[S]| {
             let mut sum = Sum::<S::Real, 1>::ZERO;
-            sum.add([run], [], [], |[x], []| [x]);
+            sum.add(level, [run], [], [], |[x], []| [x]);
             sum.total()[0]
         };
-        let wanted = total(&x[..n]);
+        let wanted = total(Level::Avx2, &x[..n]);
+        assert_eq!(wanted, total(Level::Baseline, &x[..n]), "{n} elements, compact");
         for start in 1..LANES {
             let mut moved = vec![S::default(); start];
             moved.extend(&x[..n]);
-            assert_eq!(wanted, total(&moved[start..]), "{n} elements from {start}");
+            assert_eq!(wanted, total(Level::Avx2, &moved[start..]), "{n} elements from {start}");
         }
         let exact: f64 = x[..n].iter().map(|x| x.widen().to_f64()).sum();
         assert!((wanted - exact).abs() <= 1e-6 * n as f64, "{n} elements: {wanted}, exactly {exact}");

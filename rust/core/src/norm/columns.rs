@@ -7,7 +7,7 @@
 use super::{Affine, Data, Shape, centred, floor, floored};
 use crate::kernel::{Kernel, launch};
 use crate::lanes::{LANES, Stores, loads, map};
-use crate::moments::{Channels, about, conclude, inverse};
+use crate::moments::{Channels, LOOKS, again, conclude, guess, inverse};
 use crate::real::Real;
 use crate::simd::{self, Level};
 use crate::storage::Storage;
@@ -73,6 +73,7 @@ impl<R: Real, const M: usize> ColumnSums<R, M> {
     #[inline(always)]
     pub(super) fn add<S: Storage<Real = R>, const N: usize, const K: usize>(
         &mut self,
+        level: Level,
         x: [&[S]; N],
         v: [&[R]; K],
         weights: Option<&[R]>,
@@ -86,7 +87,8 @@ impl<R: Real, const M: usize> ColumnSums<R, M> {
             for m in 0..M {
                 self.narrow[m].fill(R::ZERO);
             }
-            add_rows(part, v, weights.map(|w| &w[row..row + rows]), self.narrow.each_mut().map(|n| &mut n[..]), &f);
+            let weights = weights.map(|w| &w[row..row + rows]);
+            add_rows(level, part, v, weights, self.narrow.each_mut().map(|n| &mut n[..]), &f);
             for m in 0..M {
                 widen(&self.narrow[m], &mut self.wide[m]);
             }
@@ -116,6 +118,7 @@ fn widen<R: Real>(narrow: &[R], wide: &mut [f64]) {
 /// Adds `f(x[..][r][c], v[..][c], w[r])` to `sums[..][c]`, for each row r in order.
 #[inline(always)]
 fn add_rows<S: Storage, const N: usize, const K: usize, const M: usize>(
+    level: Level,
     x: [&[S]; N],
     v: [&[S::Real]; K],
     weights: Option<&[S::Real]>,
@@ -125,12 +128,12 @@ fn add_rows<S: Storage, const N: usize, const K: usize, const M: usize>(
     let width = sums[0].len();
     let rows = x[0].len() / width;
     let mut r = 0;
-    while r + ROWS <= rows {
-        add_some::<S, N, K, M, ROWS>(x.map(|x| &x[r * width..]), &v, weights.map(|w| &w[r..]), &mut sums, f);
+    while r + ROWS <= rows && !level.compact() {
+        add_some::<S, N, K, M, ROWS>(level, x.map(|x| &x[r * width..]), &v, weights.map(|w| &w[r..]), &mut sums, f);
         r += ROWS;
     }
     while r < rows {
-        add_some::<S, N, K, M, 1>(x.map(|x| &x[r * width..]), &v, weights.map(|w| &w[r..]), &mut sums, f);
+        add_some::<S, N, K, M, 1>(level, x.map(|x| &x[r * width..]), &v, weights.map(|w| &w[r..]), &mut sums, f);
         r += 1;
     }
 }
@@ -138,6 +141,7 @@ fn add_rows<S: Storage, const N: usize, const K: usize, const M: usize>(
 /// Adds the first `B` rows.
 #[inline(always)]
 fn add_some<S: Storage, const N: usize, const K: usize, const M: usize, const B: usize>(
+    level: Level,
     x: [&[S]; N],
     v: &[&[S::Real]; K],
     weights: Option<&[S::Real]>,
@@ -151,7 +155,7 @@ fn add_some<S: Storage, const N: usize, const K: usize, const M: usize, const B:
     let mut sums = sums.each_mut().map(|sums| &mut sums[..width]);
     let w: [S::Real; B] = from_fn(|b| weights.map_or(S::Real::ONE, |w| w[b]));
     let mut c = 0;
-    while c + LANES <= width {
+    while c + LANES <= width && !level.compact() {
         add_group::<S, N, K, M, B, LANES>(&rows, &v, &w, &mut sums, c, f);
         c += LANES;
     }
@@ -162,7 +166,8 @@ fn add_some<S: Storage, const N: usize, const K: usize, const M: usize, const B:
     }
 }
 
-/// The few columns of a row after the groups, one by one. Not inlined: one small copy serves every level.
+/// The few columns of a row after the groups, one by one; all columns at a compact level. Not inlined: one small copy
+/// serves every level.
 #[inline(never)]
 fn add_edge<S: Storage, const N: usize, const K: usize, const M: usize>(
     rows: &[[&[S]; 1]; N],
@@ -198,7 +203,7 @@ fn add_group<S: Storage, const N: usize, const K: usize, const M: usize, const B
         }
     }
     for m in 0..M {
-        S::Real::store(lanes[m], &mut sums[m][c..c + L], false);
+        S::Real::store(lanes[m], &mut sums[m][c..c + L]);
     }
 }
 
@@ -246,16 +251,15 @@ impl<S: Storage, const WEIGHTED: bool> Kernel for Stats<'_, S, WEIGHTED> {
     }
 
     #[inline(always)]
-    fn run(self) -> Channels {
+    fn run(self, level: Level) -> Channels {
         let (width, zero) = (self.width, S::Real::ZERO);
         let mut state = Channels::empty(0, width);
         if width == 0 {
             return state;
         }
-        let (mut plain, mut mean) = (vec![0.0; width], vec![zero; width]);
-        let (mut block_mean, mut block_m2) = (vec![0.0; width], vec![0.0; width]);
-        let mut wavering = vec![false; width];
-        let (mut sum, mut about_mean) = (ColumnSums::<S::Real, 1>::new(width), ColumnSums::<S::Real, 2>::new(width));
+        let (mut guessed, mut about) = (vec![zero; width], vec![zero; width]);
+        let (mut mean, mut m2) = (vec![0.0; width], vec![0.0; width]);
+        let mut sums = ColumnSums::<S::Real, 2>::new(width);
         let rows = block_rows(width);
         for (b, x) in self.x.chunks(rows * width).enumerate() {
             let weights = self.weights.filter(|_| WEIGHTED).map(|w| &w[b * rows..b * rows + x.len() / width]);
@@ -264,46 +268,37 @@ impl<S: Storage, const WEIGHTED: bool> Kernel for Stats<'_, S, WEIGHTED> {
                 Some(weights) => weights.iter().map(|w| w.to_f64()).sum(),
             };
             let inverse = inverse(count);
-            // First look: the mean of each column, rounded.
-            sum.clear();
-            match weights {
-                None => sum.add([x], [], None, |[x], [], _| [x]),
-                Some(_) => sum.add([x], [], weights, |[x], [], w| [if w == zero { zero } else { w * x }]),
-            }
             for c in 0..width {
-                plain[c] = sum.wide[0][c] * inverse;
-                mean[c] = about::<S>(plain[c]);
+                guessed[c] = guess::<S>(state.count, state.mean[c], state.m2[c]);
             }
-            // Second look: squares about that mean; a third with a better one where it is worth it.
-            for look in 0..2 {
-                about_mean.clear();
+            about.copy_from_slice(&guessed);
+            for look in 0..LOOKS {
+                sums.clear();
                 match weights {
-                    None => about_mean.add([x], [&mean], None, |[x], [mean], _| {
-                        let d = x - mean;
+                    None => sums.add(level, [x], [&about], None, move |[x], [about], _| {
+                        let d = x - about;
                         [d, d * d]
                     }),
-                    Some(_) => about_mean.add([x], [&mean], weights, |[x], [mean], w| {
-                        let d = if w == zero { zero } else { x - mean };
+                    Some(_) => sums.add(level, [x], [&about], weights, move |[x], [about], w| {
+                        let d = if w == zero { zero } else { x - about };
                         [w * d, w * d * d]
                     }),
                 }
-                let [first, second] = &about_mean.wide;
-                let mut again = false;
+                let [first, second] = &sums.wide;
+                let mut unsettled = false;
                 for c in 0..width {
-                    let about = mean[c].to_f64();
-                    let (moments, unsettled) = conclude(count, inverse, plain[c], about, first[c], second[c]);
-                    (block_mean[c], block_m2[c]) = (moments.mean, moments.m2);
-                    again |= unsettled;
-                    wavering[c] = unsettled;
+                    let (moments, wavers) = conclude(count, inverse, about[c], first[c], second[c]);
+                    (mean[c], m2[c]) = (moments.mean, moments.m2);
+                    if wavers {
+                        about[c] = again::<S>(look, guessed[c], mean[c]);
+                    }
+                    unsettled |= wavers;
                 }
-                if !again || look == 1 {
+                if !unsettled {
                     break;
                 }
-                for c in 0..width {
-                    mean[c] = if wavering[c] { about::<S>(block_mean[c]) } else { mean[c] };
-                }
             }
-            state.absorb(count, &block_mean, &block_m2);
+            state.absorb(count, &mean, &m2);
         }
         state
     }
@@ -358,17 +353,17 @@ impl<S: Storage> Kernel for Apply<'_, S> {
     }
 
     #[inline(always)]
-    fn run(self) {
+    fn run(self, level: Level) {
         let Self { vectors, floor, stores, .. } = self;
         let width = vectors[0].len().max(1);
         for (r, y) in self.y.chunks_mut(width).enumerate() {
             let at = r * width..r * width + y.len();
             let x = &self.x[at.clone()];
             match self.residual {
-                None => map([x], vectors, [y], stores, [], |[x], [hi, lo, scale, beta]| {
+                None => map(level, [x], vectors, [y], stores, [], move |[x], [hi, lo, scale, beta]| {
                     [floored(centred(x, hi, lo) * scale + beta, floor)]
                 }),
-                Some(r) => map([x, &r[at]], vectors, [y], stores, [], |[x, r], [hi, lo, scale, beta]| {
+                Some(r) => map(level, [x, &r[at]], vectors, [y], stores, [], move |[x, r], [hi, lo, scale, beta]| {
                     [floored(centred(x, hi, lo) * scale + beta + r, floor)]
                 }),
             }

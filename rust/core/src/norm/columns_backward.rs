@@ -5,7 +5,7 @@ use super::{Data, Shape, Sums, Upstream, centred, gradient, masked};
 use crate::kernel::{Kernel, launch};
 use crate::lanes::{Stores, map};
 use crate::real::Real;
-use crate::simd;
+use crate::simd::{self, Level};
 use crate::storage::Storage;
 use std::array::from_fn;
 
@@ -62,29 +62,43 @@ impl<S: Storage> Kernel for Reduce<'_, S> {
     }
 
     #[inline(always)]
-    fn run(self) -> Sums {
+    fn run(self, level: Level) -> Sums {
         let [hi, lo, rstd, ..] = self.vectors;
         let mut sums = ColumnSums::<S::Real, 2>::new(hi.len());
         if hi.is_empty() {
             return Sums::zero(0, 0);
         }
         match (self.relu, self.residual) {
-            (false, _) => sums.add([self.dy, self.x], [hi, lo, rstd], None, |[dy, x], [hi, lo, rstd], _| {
-                [dy, dy * (centred(x, hi, lo) * rstd)]
-            }),
+            (false, _) => {
+                sums.add(level, [self.dy, self.x], [hi, lo, rstd], None, move |[dy, x], [hi, lo, rstd], _| {
+                    [dy, dy * (centred(x, hi, lo) * rstd)]
+                })
+            }
             (true, None) => {
-                sums.add([self.dy, self.x], self.vectors, None, |[dy, x], [hi, lo, rstd, scale, beta], _| {
-                    let d = centred(x, hi, lo);
-                    let dz = masked(dy, d * scale + beta);
-                    [dz, dz * (d * rstd)]
-                });
+                sums.add(
+                    level,
+                    [self.dy, self.x],
+                    self.vectors,
+                    None,
+                    move |[dy, x], [hi, lo, rstd, scale, beta], _| {
+                        let d = centred(x, hi, lo);
+                        let dz = masked(dy, d * scale + beta);
+                        [dz, dz * (d * rstd)]
+                    },
+                );
             }
             (true, Some(r)) => {
-                sums.add([self.dy, self.x, r], self.vectors, None, |[dy, x, r], [hi, lo, rstd, scale, beta], _| {
-                    let d = centred(x, hi, lo);
-                    let dz = masked(dy, d * scale + beta + r);
-                    [dz, dz * (d * rstd)]
-                });
+                sums.add(
+                    level,
+                    [self.dy, self.x, r],
+                    self.vectors,
+                    None,
+                    |[dy, x, r], [hi, lo, rstd, scale, beta], _| {
+                        let d = centred(x, hi, lo);
+                        let dz = masked(dy, d * scale + beta + r);
+                        [dz, dz * (d * rstd)]
+                    },
+                );
             }
         }
         let [dy, dy_xhat] = sums.wide;
@@ -169,7 +183,7 @@ impl<S: Storage> Kernel for Apply<'_, S> {
     }
 
     #[inline(always)]
-    fn run(self) {
+    fn run(self, level: Level) {
         let Self { relu, vectors, stores, mut dresidual, .. } = self;
         let width = vectors[0].len().max(1);
         for (r, dx) in self.dx.chunks_mut(width).enumerate() {
@@ -178,22 +192,44 @@ impl<S: Storage> Kernel for Apply<'_, S> {
             let w = self.weights.map_or(S::Real::ONE, |w| w[r]);
             let residual = self.residual.map(|r| &r[at.clone()]);
             match (relu, residual.zip(dresidual.as_deref_mut())) {
-                (false, _) => map([dy, x], vectors, [dx], stores, [], |[dy, x], [hi, lo, scale, _, mean_dy, slope]| {
-                    [gradient(dy, centred(x, hi, lo), scale, mean_dy * w, slope * w)]
-                }),
-                (true, None) => {
-                    map([dy, x], vectors, [dx], stores, [], |[dy, x], [hi, lo, scale, beta, mean_dy, slope]| {
+                (false, _) => map(
+                    level,
+                    [dy, x],
+                    vectors,
+                    [dx],
+                    stores,
+                    [],
+                    move |[dy, x], [hi, lo, scale, _, mean_dy, slope]| {
+                        [gradient(dy, centred(x, hi, lo), scale, mean_dy * w, slope * w)]
+                    },
+                ),
+                (true, None) => map(
+                    level,
+                    [dy, x],
+                    vectors,
+                    [dx],
+                    stores,
+                    [],
+                    move |[dy, x], [hi, lo, scale, beta, mean_dy, slope]| {
                         let d = centred(x, hi, lo);
                         [gradient(masked(dy, d * scale + beta), d, scale, mean_dy * w, slope * w)]
-                    })
-                }
+                    },
+                ),
                 (true, Some((r, dr))) => {
                     let out = [dx, &mut dr[at]];
-                    map([dy, x, r], vectors, out, stores, [], |[dy, x, r], [hi, lo, scale, beta, mean_dy, slope]| {
-                        let d = centred(x, hi, lo);
-                        let dz = masked(dy, d * scale + beta + r);
-                        [gradient(dz, d, scale, mean_dy * w, slope * w), dz]
-                    });
+                    map(
+                        level,
+                        [dy, x, r],
+                        vectors,
+                        out,
+                        stores,
+                        [],
+                        |[dy, x, r], [hi, lo, scale, beta, mean_dy, slope]| {
+                            let d = centred(x, hi, lo);
+                            let dz = masked(dy, d * scale + beta + r);
+                            [gradient(dz, d, scale, mean_dy * w, slope * w), dz]
+                        },
+                    );
                 }
             }
         }

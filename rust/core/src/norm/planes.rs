@@ -8,11 +8,37 @@ use super::region::{Block, Region, Samples, TILE, cut, pieces, tile, tiles};
 use super::{Affine, Data, Finish, Shape, Statistics, centred, floor, floored};
 use crate::kernel::{Kernel, launch};
 use crate::lanes::{Stores, Sum, map};
-use crate::moments::{Channels, about, conclude, inverse};
+use crate::moments::{Channels, LOOKS, again, conclude, guess, inverse};
 use crate::real::Real;
 use crate::simd::Level;
 use crate::storage::Storage;
 use std::ops::Range;
+
+/// Tiles of up to this many bytes are still in the second cache when the tile after them has been read.
+const LAG_BYTES: usize = 512 << 10;
+
+/// What has a turn after every run that is read.
+trait Meanwhile<S> {
+    /// Whether there is something to do for channel t of the tile.
+    fn waits(&self, t: usize) -> bool;
+
+    /// The run was of sample n, channel t of the tile; memory is to fetch `ahead`. `#[inline(always)]` on every
+    /// implementation: see [`Kernel::run`].
+    fn turn(&mut self, level: Level, n: usize, t: usize, places: Range<usize>, ahead: &[S]);
+}
+
+/// Reading and nothing else.
+struct Nothing;
+
+impl<S> Meanwhile<S> for Nothing {
+    #[inline(always)]
+    fn waits(&self, _: usize) -> bool {
+        false
+    }
+
+    #[inline(always)]
+    fn turn(&mut self, _: Level, _: usize, _: usize, _: Range<usize>, _: &[S]) {}
+}
 
 /// The moments of every channel.
 pub struct Stats<'a, S: Storage, const WEIGHTED: bool> {
@@ -26,147 +52,116 @@ impl<'a, S: Storage, const WEIGHTED: bool> Stats<'a, S, WEIGHTED> {
         Self { data, region: Region::all(data.shape, size_of::<S>()) }
     }
 
-    /// Adds the moments of the channels `tile`, at most [`TILE`] of them, to `state`, whose first channel is
-    /// `tile.start`.
+    /// Adds the moments of a block of the channels `tile`, at most [`TILE`] of them, to `state`, whose first channel is
+    /// `tile.start`. Memory fetches the block `next` while this is done, and `meanwhile` has its turns.
     #[inline(always)]
-    fn tile(&self, tile: Range<usize>, state: &mut Channels) {
-        let mut plain_sums = [Sum::<S::Real, 1>::ZERO; TILE];
-        let mut sums = [Sum::<S::Real, 2>::ZERO; TILE];
-        let (mut plain, mut mean) = ([0.0; TILE], [S::Real::ZERO; TILE]);
-        let (mut block_mean, mut block_m2) = ([0.0; TILE], [0.0; TILE]);
-        let mut blocks = self.region.blocks().peekable();
-        while let Some(block) = blocks.next() {
-            // First look: the mean of each channel, rounded.
-            let count = match self.data.weights {
-                Some(weights) if WEIGHTED => self.weighted_means(&tile, &block, weights, &mut sums, &mut plain),
-                _ => self.plain_means(&tile, &block, &mut plain_sums, &mut plain),
-            };
-            for t in 0..tile.len() {
-                mean[t] = about::<S>(plain[t]);
-            }
-            // Second look: squares about that mean; a third with a better one where it is worth it.
-            for look in 0..2 {
-                match self.data.weights {
-                    Some(weights) if WEIGHTED => self.weighted_squares(&tile, &block, weights, &mean, &mut sums),
-                    _ => self.squares(&tile, &block, blocks.peek(), &mean, &mut sums),
-                }
-                let mut settled = true;
-                for t in 0..tile.len() {
-                    let [first, second] = sums[t].total();
-                    let (moments, again) = conclude(count, inverse(count), plain[t], mean[t].to_f64(), first, second);
-                    (block_mean[t], block_m2[t]) = (moments.mean, moments.m2);
-                    if again {
-                        mean[t] = about::<S>(moments.mean);
-                        settled = false;
-                    }
-                }
-                if settled || look == 1 {
-                    break;
-                }
-            }
-            state.absorb(count, &block_mean[..tile.len()], &block_m2[..tile.len()]);
-        }
-    }
-
-    /// Writes the mean of a block for each channel and returns the block's count.
-    #[inline(always)]
-    fn plain_means(
+    fn block(
         &self,
+        level: Level,
         tile: &Range<usize>,
-        (planes, inner): &Block,
-        sums: &mut [Sum<S::Real, 1>; TILE],
-        means: &mut [f64; TILE],
-    ) -> f64 {
-        sums[..tile.len()].fill(Sum::ZERO);
-        for n in planes.clone() {
-            for c in tile.clone() {
-                let run = &self.data.x[self.region.at(n, c, inner)];
-                sums[c - tile.start].add([run], [], [], |[x], []| [x]);
-            }
-        }
-        let count = (planes.len() * inner.len()) as f64;
-        for t in 0..tile.len() {
-            means[t] = sums[t].total()[0] * inverse(count);
-        }
-        count
-    }
-
-    #[inline(always)]
-    fn weighted_means(
-        &self,
-        tile: &Range<usize>,
-        (planes, inner): &Block,
-        weights: &[S::Real],
+        block: &Block,
+        next: Option<&Block>,
         sums: &mut [Sum<S::Real, 2>; TILE],
-        means: &mut [f64; TILE],
-    ) -> f64 {
-        sums[..tile.len()].fill(Sum::ZERO);
-        for n in planes.clone() {
-            let w = &weights[self.region.weight_at(n, inner)];
-            for c in tile.clone() {
-                let run = &self.data.x[self.region.at(n, c, inner)];
-                sums[c - tile.start].add([run], [w], [], |[x], [w]| [w, if w == S::Real::ZERO { w } else { w * x }]);
+        state: &mut Channels,
+        meanwhile: &mut impl Meanwhile<S>,
+    ) {
+        let count = match self.data.weights {
+            Some(weights) if WEIGHTED => self.weight(level, block, weights),
+            _ => (block.0.len() * block.1.len()) as f64,
+        };
+        let inverse = inverse(count);
+        let mut guessed = [S::Real::ZERO; TILE];
+        for t in 0..tile.len() {
+            guessed[t] = guess::<S>(state.count, state.mean[t], state.m2[t]);
+        }
+        let mut about = guessed;
+        let (mut mean, mut m2) = ([0.0; TILE], [0.0; TILE]);
+        for look in 0..LOOKS {
+            match look {
+                0 => self.look(level, tile, block, next, &about, sums, meanwhile),
+                _ => self.look_again(tile, block, &about, sums),
+            }
+            let mut unsettled = false;
+            for t in 0..tile.len() {
+                let [first, second] = sums[t].total();
+                let (moments, wavers) = conclude(count, inverse, about[t], first, second);
+                (mean[t], m2[t]) = (moments.mean, moments.m2);
+                if wavers {
+                    about[t] = again::<S>(look, guessed[t], mean[t]);
+                    unsettled = true;
+                }
+            }
+            if !unsettled {
+                break;
             }
         }
-        let mut count = 0.0;
-        for t in 0..tile.len() {
-            let [weight, sum] = sums[t].total();
-            count = weight;
-            means[t] = sum * inverse(weight);
-        }
-        count
+        state.absorb(count, &mean[..tile.len()], &m2[..tile.len()]);
     }
 
-    /// Sums the differences from `mean` and their squares. Meanwhile memory fetches the next block.
+    /// Sums the differences from `about` and their squares.
     #[inline(always)]
-    fn squares(
+    fn look(
         &self,
+        level: Level,
         tile: &Range<usize>,
         (planes, inner): &Block,
         next: Option<&Block>,
-        mean: &[S::Real; TILE],
+        about: &[S::Real; TILE],
         sums: &mut [Sum<S::Real, 2>; TILE],
+        meanwhile: &mut impl Meanwhile<S>,
     ) {
         sums[..tile.len()].fill(Sum::ZERO);
         for n in planes.clone() {
-            for c in tile.clone() {
+            for t in 0..tile.len() {
+                let c = tile.start + t;
                 let run = &self.data.x[self.region.at(n, c, inner)];
                 let ahead = match next {
-                    Some((next, inner)) if n - planes.start < next.len() => {
-                        &self.data.x[self.region.at(next.start + n - planes.start, c, inner)]
+                    Some((next, places)) if n - planes.start < next.len() => {
+                        &self.data.x[self.region.at(next.start + n - planes.start, c, places)]
                     }
                     _ => &[],
                 };
-                let mean = mean[c - tile.start];
-                sums[c - tile.start].add([run], [], [ahead], |[x], []| {
-                    let d = x - mean;
-                    [d, d * d]
-                });
+                // Most of it while something is written: reads and writes overlap.
+                let (ahead, later) = ahead.split_at(if meanwhile.waits(t) { ahead.len() / 4 } else { ahead.len() });
+                let (sum, about) = (&mut sums[t], about[t]);
+                match self.data.weights {
+                    Some(weights) if WEIGHTED => {
+                        let w = &weights[self.region.weight_at(n, inner)];
+                        sum.add(level, [run], [w], [], move |[x], [w]| {
+                            let d = if w == S::Real::ZERO { w } else { x - about };
+                            [w * d, w * d * d]
+                        });
+                    }
+                    _ => sum.add(level, [run], [], [ahead], move |[x], []| {
+                        let d = x - about;
+                        [d, d * d]
+                    }),
+                }
+                meanwhile.turn(level, n, t, inner.clone(), later);
             }
         }
     }
 
-    #[inline(always)]
-    fn weighted_squares(
+    /// The same once more. Not inlined, as it is rare; the loops of a wide level in the registers of the baseline.
+    #[inline(never)]
+    fn look_again(
         &self,
         tile: &Range<usize>,
-        (planes, inner): &Block,
-        weights: &[S::Real],
-        mean: &[S::Real; TILE],
+        block: &Block,
+        about: &[S::Real; TILE],
         sums: &mut [Sum<S::Real, 2>; TILE],
     ) {
-        sums[..tile.len()].fill(Sum::ZERO);
+        self.look(Level::Avx2, tile, block, None, about, sums, &mut Nothing);
+    }
+
+    /// The sum of the weights of a block.
+    #[inline(always)]
+    fn weight(&self, level: Level, (planes, inner): &Block, weights: &[S::Real]) -> f64 {
+        let mut sum = Sum::<S::Real, 1>::ZERO;
         for n in planes.clone() {
-            let w = &weights[self.region.weight_at(n, inner)];
-            for c in tile.clone() {
-                let run = &self.data.x[self.region.at(n, c, inner)];
-                let mean = mean[c - tile.start];
-                sums[c - tile.start].add([run], [w], [], |[x], [w]| {
-                    let d = if w == S::Real::ZERO { w } else { x - mean };
-                    [w * d, w * d * d]
-                });
-            }
+            sum.add(level, [&weights[self.region.weight_at(n, inner)]], [], [], |[w], []| [w]);
         }
+        sum.total()[0]
     }
 }
 
@@ -188,15 +183,17 @@ impl<S: Storage, const WEIGHTED: bool> Kernel for Stats<'_, S, WEIGHTED> {
     }
 
     #[inline(always)]
-    fn run(self) -> Channels {
+    fn run(self, level: Level) -> Channels {
         let channels = self.region.channels.clone();
         let mut all = Channels::empty(channels.start, 0);
+        let mut sums = [Sum::ZERO; TILE];
         for tile in tiles(&channels, tile(self.data.shape, size_of::<S>())) {
             let mut state = Channels::empty(tile.start, tile.len());
-            self.tile(tile, &mut state);
-            all.count = state.count;
-            all.mean.extend(&state.mean);
-            all.m2.extend(&state.m2);
+            let mut blocks = self.region.blocks().peekable();
+            while let Some(block) = blocks.next() {
+                self.block(level, &tile, &block, blocks.peek(), &mut sums, &mut state, &mut Nothing);
+            }
+            all.append(state);
         }
         all
     }
@@ -209,6 +206,7 @@ impl<S: Storage, const WEIGHTED: bool> Kernel for Stats<'_, S, WEIGHTED> {
 /// Writes `y` for a run of channel c.
 #[inline(always)]
 fn normalise<S: Storage>(
+    level: Level,
     x: &[S],
     residual: Option<&[S]>,
     [hi, lo, rstd, gamma, beta]: [S::Real; 5],
@@ -219,10 +217,12 @@ fn normalise<S: Storage>(
 ) {
     let scale = gamma * rstd;
     match residual {
-        None => map([x], [], [y], stores, [ahead], |[x], []| [floored(centred(x, hi, lo) * scale + beta, floor)]),
-        Some(r) => {
-            map([x, r], [], [y], stores, [ahead], |[x, r], []| [floored(centred(x, hi, lo) * scale + beta + r, floor)])
-        }
+        None => map(level, [x], [], [y], stores, [ahead], move |[x], []| {
+            [floored(centred(x, hi, lo) * scale + beta, floor)]
+        }),
+        Some(r) => map(level, [x, r], [], [y], stores, [ahead], move |[x, r], []| {
+            [floored(centred(x, hi, lo) * scale + beta + r, floor)]
+        }),
     }
 }
 
@@ -267,10 +267,11 @@ impl<S: Storage> Kernel for Apply<'_, S> {
     }
 
     #[inline(always)]
-    fn run(self) {
+    fn run(self, level: Level) {
         for (c, run) in pieces(self.shape, self.start, self.y.len()) {
             let residual = self.residual.map(|r| &r[run.clone()]);
             normalise(
+                level,
                 &self.x[run.clone()],
                 residual,
                 self.affine.one(c),
@@ -314,6 +315,48 @@ impl<'a, S: Storage> Train<'a, S> {
         let stores = Stores::apart(y, data.shape.inner);
         let y = Samples::new(y, data.shape);
         Self { stats: Stats::new(data), rule, gamma, beta, residual, floor: floor(relu), stores, out, y }
+    }
+}
+
+/// Writes the channels of a tile, of which the statistics are known; `first` is the first channel of this part.
+struct Write<'a, 'b, S: Storage> {
+    stats: &'a Stats<'b, S, false>,
+    affine: Affine<'a, S::Real>,
+    residual: Option<&'a [S]>,
+    floor: S::Real,
+    stores: Stores,
+    tile: Range<usize>,
+    first: usize,
+    y: &'a mut Samples<'b, S>,
+}
+
+impl<'a, S: Storage> Train<'a, S> {
+    /// What writes the channels `tile`.
+    #[inline(always)]
+    fn write(&mut self, tile: &Range<usize>, first: usize) -> (&Stats<'a, S, false>, Write<'_, 'a, S>) {
+        let Self { stats, gamma, beta, residual, floor, stores, out: Statistics { hi, lo, rstd, .. }, y, .. } = self;
+        let affine = Affine { hi, lo, rstd, gamma, beta };
+        let (residual, floor, stores, tile) = (*residual, *floor, *stores, tile.clone());
+        (stats, Write { stats, affine, residual, floor, stores, tile, first, y })
+    }
+}
+
+impl<S: Storage> Meanwhile<S> for Write<'_, '_, S> {
+    #[inline(always)]
+    fn waits(&self, t: usize) -> bool {
+        t < self.tile.len()
+    }
+
+    #[inline(always)]
+    fn turn(&mut self, level: Level, n: usize, t: usize, places: Range<usize>, ahead: &[S]) {
+        if t >= self.tile.len() {
+            return;
+        }
+        let (at, c) = (self.stats.region.at(n, self.tile.start + t, &places), self.tile.start + t - self.first);
+        let plane = c * self.stats.data.shape.inner;
+        let y = &mut self.y.0[n][plane + places.start..plane + places.end];
+        let residual = self.residual.map(|r| &r[at.clone()]);
+        normalise(level, &self.stats.data.x[at], residual, self.affine.one(c), self.floor, y, self.stores, ahead);
     }
 }
 
@@ -369,33 +412,40 @@ impl<S: Storage> Kernel for Train<'_, S> {
     }
 
     #[inline(always)]
-    fn run(mut self) -> Channels {
+    fn run(mut self, level: Level) -> Channels {
         let Region { shape, channels, .. } = self.stats.region.clone();
         let first = channels.start;
         let mut all = Channels::empty(first, 0);
-        for tile in tiles(&channels, tile(shape, size_of::<S>())) {
+        let mut sums = [Sum::ZERO; TILE];
+        let width = tile(shape, size_of::<S>());
+        // While a tile is summed, run by run, the one before it is written: memory is read and written at once. Where
+        // that one would have left the cache by then, a tile is written as soon as it is summed.
+        let lag = width * shape.count() * size_of::<S>() <= LAG_BYTES;
+        let mut before = first..first;
+        for tile in tiles(&channels, width) {
             let mut state = Channels::empty(tile.start, tile.len());
-            self.stats.tile(tile.clone(), &mut state);
+            let mut blocks = self.stats.region.blocks().peekable();
+            let (stats, mut write) = self.write(&before, first);
+            while let Some(block) = blocks.next() {
+                stats.block(level, &tile, &block, blocks.peek(), &mut sums, &mut state, &mut write);
+            }
             for t in 0..tile.len() {
                 self.out.put(tile.start - first + t, state.count, state.mean[t], state.m2[t], self.rule);
             }
-            let Statistics { hi, lo, rstd, .. } = &self.out;
-            let affine = Affine { hi, lo, rstd, gamma: self.gamma, beta: self.beta };
-            for (n, y) in self.y.0.iter_mut().enumerate() {
-                for c in tile.clone() {
-                    let at = self.stats.region.at(n, c, &(0..shape.inner));
-                    let y = &mut y[(c - first) * shape.inner..(c - first + 1) * shape.inner];
-                    let residual = self.residual.map(|r| &r[at.clone()]);
-                    // Memory fetches the next tile while this one is written.
-                    let next = at.start + tile.len() * shape.inner;
-                    let ahead = if c + tile.len() < channels.end { next..next + shape.inner } else { 0..0 };
-                    let (x, ahead) = (&self.stats.data.x[at], &self.stats.data.x[ahead]);
-                    normalise(x, residual, affine.one(c - first), self.floor, y, self.stores, ahead);
+            all.append(state);
+            let partners = before.end.min(before.start + tile.len());
+            let now = if lag && tile.end < channels.end { tile.start..tile.start } else { tile.clone() };
+            for rest in [partners..before.end, now.clone()] {
+                let (stats, mut write) = self.write(&rest, first);
+                for n in 0..shape.outer {
+                    for t in 0..rest.len() {
+                        let next = stats.region.at(n, rest.start + width + t, &(0..shape.inner));
+                        let ahead = if rest.start + width + t < channels.end { &stats.data.x[next] } else { &[] };
+                        write.turn(level, n, t, 0..shape.inner, ahead);
+                    }
                 }
             }
-            all.count = state.count;
-            all.mean.extend(&state.mean);
-            all.m2.extend(&state.m2);
+            before = now.end..tile.end;
         }
         all
     }

@@ -25,7 +25,7 @@ impl<'a, S: Storage> Reduce<'a, S> {
 
     /// Adds the sums of the channels `tile` to `state`, whose first channel is `tile.start`.
     #[inline(always)]
-    fn tile(&self, tile: Range<usize>, state: &mut Sums) {
+    fn tile(&self, level: Level, tile: Range<usize>, state: &mut Sums) {
         let Upstream { dy, data, affine, residual, relu } = self.up;
         let mut sums = [Sum::<S::Real, 2>::ZERO; TILE];
         // Memory fetches the plane of the next sample meanwhile; of a small plane, one further ahead.
@@ -41,13 +41,14 @@ impl<'a, S: Storage> Reduce<'a, S> {
                     let scale = gamma * rstd;
                     let sum = &mut sums[c - tile.start];
                     match (relu, residual) {
-                        (false, _) => sum.add([dy, x], [], ahead, |[dy, x], []| [dy, dy * (centred(x, hi, lo) * rstd)]),
-                        (true, None) => sum.add([dy, x], [], ahead, |[dy, x], []| {
+                        (false, _) => sum
+                            .add(level, [dy, x], [], ahead, move |[dy, x], []| [dy, dy * (centred(x, hi, lo) * rstd)]),
+                        (true, None) => sum.add(level, [dy, x], [], ahead, move |[dy, x], []| {
                             let d = centred(x, hi, lo);
                             let dz = masked(dy, d * scale + beta);
                             [dz, dz * (d * rstd)]
                         }),
-                        (true, Some(r)) => sum.add([dy, x, &r[at]], [], ahead, |[dy, x, r], []| {
+                        (true, Some(r)) => sum.add(level, [dy, x, &r[at]], [], ahead, move |[dy, x, r], []| {
                             let d = centred(x, hi, lo);
                             let dz = masked(dy, d * scale + beta + r);
                             [dz, dz * (d * rstd)]
@@ -80,12 +81,12 @@ impl<S: Storage> Kernel for Reduce<'_, S> {
     }
 
     #[inline(always)]
-    fn run(self) -> Sums {
+    fn run(self, level: Level) -> Sums {
         let channels = self.region.channels.clone();
         let mut all = Sums::zero(channels.start, 0);
         for tile in tiles(&channels, tile(self.up.data.shape, size_of::<S>())) {
             let mut state = Sums::zero(tile.start, tile.len());
-            self.tile(tile, &mut state);
+            self.tile(level, tile, &mut state);
             all.dy.extend(&state.dy);
             all.dy_xhat.extend(&state.dy_xhat);
         }
@@ -100,6 +101,7 @@ impl<S: Storage> Kernel for Reduce<'_, S> {
 /// Writes `dx`, and dz into `dresidual`, for the run `at` of channel c, of which `weights` are the weights if there are any.
 #[inline(always)]
 fn write<S: Storage, const WEIGHTED: bool>(
+    level: Level,
     up: &Upstream<'_, S>,
     at: Range<usize>,
     weights: &[S::Real],
@@ -113,29 +115,33 @@ fn write<S: Storage, const WEIGHTED: bool>(
     let [hi, lo, rstd, gamma, beta] = up.affine.one(c);
     let scale = gamma * rstd;
     let (dy, x) = (&up.dy[at.clone()], &up.data.x[at.clone()]);
-    let plain = |dz, d| gradient(dz, d, scale, mean_dy, slope);
-    let weighted = |dz, d, w| gradient(dz, d, scale, mean_dy * w, slope * w);
-    let behind = |dy, d| masked(dy, d * scale + beta);
-    let behind_sum = |dy, d, r| masked(dy, d * scale + beta + r);
+    let plain = move |dz, d| gradient(dz, d, scale, mean_dy, slope);
+    let weighted = move |dz, d, w| gradient(dz, d, scale, mean_dy * w, slope * w);
+    let behind = move |dy, d| masked(dy, d * scale + beta);
+    let behind_sum = move |dy, d, r| masked(dy, d * scale + beta + r);
     match (up.relu, up.residual.map(|r| &r[at]).zip(dresidual)) {
         (false, _) if WEIGHTED => {
-            map([dy, x], [weights], [dx], stores, ahead, |[dy, x], [w]| [weighted(dy, centred(x, hi, lo), w)]);
+            map(level, [dy, x], [weights], [dx], stores, ahead, move |[dy, x], [w]| {
+                [weighted(dy, centred(x, hi, lo), w)]
+            });
         }
-        (false, _) => map([dy, x], [], [dx], stores, ahead, |[dy, x], []| [plain(dy, centred(x, hi, lo))]),
-        (true, None) if WEIGHTED => map([dy, x], [weights], [dx], stores, ahead, |[dy, x], [w]| {
+        (false, _) => map(level, [dy, x], [], [dx], stores, ahead, move |[dy, x], []| [plain(dy, centred(x, hi, lo))]),
+        (true, None) if WEIGHTED => map(level, [dy, x], [weights], [dx], stores, ahead, move |[dy, x], [w]| {
             let d = centred(x, hi, lo);
             [weighted(behind(dy, d), d, w)]
         }),
-        (true, None) => map([dy, x], [], [dx], stores, ahead, |[dy, x], []| {
+        (true, None) => map(level, [dy, x], [], [dx], stores, ahead, move |[dy, x], []| {
             let d = centred(x, hi, lo);
             [plain(behind(dy, d), d)]
         }),
-        (true, Some((r, dr))) if WEIGHTED => map([dy, x, r], [weights], [dx, dr], stores, ahead, |[dy, x, r], [w]| {
-            let d = centred(x, hi, lo);
-            let dz = behind_sum(dy, d, r);
-            [weighted(dz, d, w), dz]
-        }),
-        (true, Some((r, dr))) => map([dy, x, r], [], [dx, dr], stores, ahead, |[dy, x, r], []| {
+        (true, Some((r, dr))) if WEIGHTED => {
+            map(level, [dy, x, r], [weights], [dx, dr], stores, ahead, move |[dy, x, r], [w]| {
+                let d = centred(x, hi, lo);
+                let dz = behind_sum(dy, d, r);
+                [weighted(dz, d, w), dz]
+            })
+        }
+        (true, Some((r, dr))) => map(level, [dy, x, r], [], [dx, dr], stores, ahead, move |[dy, x, r], []| {
             let d = centred(x, hi, lo);
             let dz = behind_sum(dy, d, r);
             [plain(dz, d), dz]
@@ -191,7 +197,7 @@ impl<S: Storage, const WEIGHTED: bool> Kernel for Apply<'_, S, WEIGHTED> {
     }
 
     #[inline(always)]
-    fn run(self) {
+    fn run(self, level: Level) {
         let Self { up, start, dx, mut dresidual, .. } = self;
         let Shape { channels, inner, .. } = up.data.shape;
         for (c, run) in pieces(up.data.shape, start, dx.len()) {
@@ -206,7 +212,7 @@ impl<S: Storage, const WEIGHTED: bool> Kernel for Apply<'_, S, WEIGHTED> {
                 }
                 _ => &[],
             };
-            write::<S, WEIGHTED>(&up, at, weights, c, means, dx, dresidual, self.stores, [&[], &[]]);
+            write::<S, WEIGHTED>(level, &up, at, weights, c, means, dx, dresidual, self.stores, [&[], &[]]);
         }
     }
 
@@ -254,7 +260,7 @@ impl<S: Storage> Kernel for Backward<'_, S> {
     }
 
     #[inline(always)]
-    fn run(mut self) -> Sums {
+    fn run(mut self, level: Level) -> Sums {
         let up = self.reduce.up;
         let Shape { outer, inner, .. } = up.data.shape;
         let channels = self.reduce.region.channels.clone();
@@ -262,7 +268,7 @@ impl<S: Storage> Kernel for Backward<'_, S> {
         let mut all = Sums::zero(first, 0);
         for tile in tiles(&channels, tile(up.data.shape, size_of::<S>())) {
             let mut state = Sums::zero(tile.start, tile.len());
-            self.reduce.tile(tile.clone(), &mut state);
+            self.reduce.tile(level, tile.clone(), &mut state);
             for n in 0..outer {
                 for c in tile.clone() {
                     let at = self.reduce.region.at(n, c, &(0..inner));
@@ -276,7 +282,7 @@ impl<S: Storage> Kernel for Backward<'_, S> {
                     let means = [mean_dy(state.dy[t], self.count), slope];
                     let dx = &mut self.dx.0[n][run.clone()];
                     let dresidual = self.dresidual.as_mut().map(|d| &mut d.0[n][run]);
-                    write::<S, false>(&up, at, &[], c, means, dx, dresidual, self.stores, ahead);
+                    write::<S, false>(level, &up, at, &[], c, means, dx, dresidual, self.stores, ahead);
                 }
             }
             all.dy.extend(&state.dy);

@@ -108,12 +108,12 @@ impl<'a, P: Storage, G: Storage<Real = P::Real>, R: Rule<P::Real, N>, const N: u
                 new_slots[n][l] = state[n];
             }
         }
-        P::store(new_p, &mut tensor.p[at..at + L], false);
+        P::store(new_p, &mut tensor.p[at..at + L]);
         if let Some(masters) = &mut self.masters {
-            P::Real::store(new_p, &mut masters[place..place + L], false);
+            P::Real::store(new_p, &mut masters[place..place + L]);
         }
         for n in 0..N {
-            P::Real::store(new_slots[n], &mut self.slots[n][place..place + L], false);
+            P::Real::store(new_slots[n], &mut self.slots[n][place..place + L]);
         }
     }
 }
@@ -157,12 +157,12 @@ impl<P: Storage, G: Storage<Real = P::Real>, R: Rule<P::Real, N>, const N: usize
     }
 
     #[inline(always)]
-    fn run(mut self) {
+    fn run(mut self, level: crate::simd::Level) {
         let mut from = 0;
         for mut tensor in std::mem::take(&mut self.tensors) {
             let n = tensor.p.len();
             let mut i = 0;
-            while i + LANES <= n {
+            while i + LANES <= n && !level.compact() {
                 self.group::<LANES>(&mut tensor, from, i);
                 i += LANES;
             }
@@ -245,7 +245,7 @@ impl<G: Storage> Kernel for Scan<'_, G> {
     }
 
     #[inline(always)]
-    fn run(self) -> Scanned {
+    fn run(self, _: crate::simd::Level) -> Scanned {
         let mut squares = [0.0; LANES];
         // x * 0 is 0 where x is finite and NaN where it is not.
         let mut bad = [G::Real::ZERO; LANES];
