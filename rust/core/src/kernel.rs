@@ -3,8 +3,8 @@
 use crate::error::Error;
 use crate::simd::{self, Level};
 use rayon::ThreadPool;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, OnceLock};
 
 /// Work on borrowed slices: it knows its bytes, can halve itself, can run, and can merge two results.
 ///
@@ -38,6 +38,9 @@ const GRAIN: usize = 1 << 20;
 /// No more than about this many parts, so that partial results stay small.
 const PARTS: usize = 32;
 
+/// How often a thread that is done looks whether the others are, before it sleeps: some tens of microseconds.
+const SPINS: usize = 2000;
+
 /// Below this many bytes one thread is faster than waking a second.
 const PARALLEL_BYTES: usize = 6 << 20;
 
@@ -48,37 +51,86 @@ pub fn launch<K: Kernel>(kernel: K) -> K::Out {
     if bytes <= grain {
         return simd::run(kernel);
     }
-    if bytes < PARALLEL_BYTES || threads() == 1 {
-        return tree(kernel, grain, &|left, right| (left(), right()));
-    }
-    let (mut kernel, mut out) = (Some(kernel), None);
-    install(&mut || {
-        let kernel = kernel.take().expect("installed once");
-        out = Some(tree(kernel, grain, &|left, right| rayon::join(left, right)));
-    });
-    out.expect("installed work was done")
+    let mut parts = vec![];
+    let tree = Tree::cut(kernel, grain, &mut parts);
+    let next = AtomicUsize::new(0);
+    let work = || {
+        // Each thread claims the next part until none is left.
+        while let Some(part) = parts.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let mut part = part.lock().expect("no part panics while it is claimed");
+            if let Part::Waits(kernel) = std::mem::replace(&mut *part, Part::Runs) {
+                *part = Part::Done(simd::run(kernel));
+            }
+        }
+    };
+    let helpers = if bytes < PARALLEL_BYTES { 0 } else { threads().min(parts.len()) - 1 };
+    share(&work, helpers);
+    tree.merge(&parts)
 }
 
-/// Does `work` on the pool. Not generic, so that rayon's side of the hand-over exists once and not for every kernel.
-fn install(work: &mut (dyn FnMut() + Send)) {
-    pool().install(work);
+/// A part of a kernel's work.
+enum Part<K: Kernel> {
+    Waits(K),
+    Runs,
+    Done(K::Out),
 }
 
-type Both<'a, T> = &'a (dyn Fn(Part<'_, T>, Part<'_, T>) -> (T, T) + Sync);
-type Part<'a, T> = Box<dyn FnOnce() -> T + Send + 'a>;
+/// How the parts merge.
+enum Tree {
+    Part(usize),
+    Both(Box<(Tree, Tree)>),
+}
 
-fn tree<K: Kernel>(kernel: K, grain: usize, both: Both<'_, K::Out>) -> K::Out {
-    if kernel.bytes() <= grain {
-        return simd::run(kernel);
-    }
-    match kernel.halve() {
-        Err(whole) => simd::run(whole),
-        Ok((left, right)) => {
-            let (left, right) =
-                both(Box::new(move || tree(left, grain, both)), Box::new(move || tree(right, grain, both)));
-            K::merge(left, right)
+impl Tree {
+    /// Cuts a kernel into parts of at most `grain` bytes.
+    fn cut<K: Kernel>(kernel: K, grain: usize, parts: &mut Vec<Mutex<Part<K>>>) -> Self {
+        let whole = if kernel.bytes() <= grain { Err(kernel) } else { kernel.halve() };
+        match whole {
+            Ok((left, right)) => Self::Both(Box::new((Self::cut(left, grain, parts), Self::cut(right, grain, parts)))),
+            Err(kernel) => {
+                parts.push(Mutex::new(Part::Waits(kernel)));
+                Self::Part(parts.len() - 1)
+            }
         }
     }
+
+    fn merge<K: Kernel>(self, parts: &[Mutex<Part<K>>]) -> K::Out {
+        match self {
+            Self::Part(i) => match std::mem::replace(&mut *parts[i].lock().expect("all parts have run"), Part::Runs) {
+                Part::Done(out) => out,
+                _ => unreachable!("every part was claimed"),
+            },
+            Self::Both(both) => {
+                let (left, right) = *both;
+                K::merge(left.merge(parts), right.merge(parts))
+            }
+        }
+    }
+}
+
+/// Does `work` on this thread and on `helpers` others, and returns when all are done. Not generic, so that rayon's side
+/// of the hand-over exists once and not for every kernel.
+fn share(work: &(dyn Fn() + Sync), helpers: usize) {
+    if helpers == 0 {
+        return work();
+    }
+    let running = AtomicUsize::new(helpers);
+    pool().in_place_scope(|scope| {
+        for _ in 0..helpers {
+            scope.spawn(|_| {
+                work();
+                running.fetch_sub(1, Ordering::Release);
+            });
+        }
+        work();
+        // The others end at about the same time: looking for that moment is shorter than sleeping until it.
+        for _ in 0..SPINS {
+            if running.load(Ordering::Acquire) == 0 {
+                break;
+            }
+            std::hint::spin_loop();
+        }
+    });
 }
 
 /// Threads that kernels may use: `KILTER_NUM_THREADS`, or the cores of this process's affinity mask.
@@ -126,7 +178,7 @@ fn pool() -> &'static ThreadPool {
     }
     generation.pool.get_or_init(|| {
         rayon::ThreadPoolBuilder::new()
-            .num_threads(threads())
+            .num_threads((threads() - 1).max(1))
             .thread_name(|i| format!("kilter-{i}"))
             .build()
             .expect("the operating system refuses threads; KILTER_NUM_THREADS=1 needs none")

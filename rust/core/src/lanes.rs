@@ -21,24 +21,40 @@ pub fn map<S: Storage, const N: usize, const K: usize, const M: usize, const A: 
     level: Level,
     x: [&[S]; N],
     v: [&[S::Real]; K],
-    mut y: [&mut [S]; M],
+    y: [&mut [S]; M],
     stores: Stores,
     ahead: [&[S]; A],
     f: impl Fn([S::Real; N], [S::Real; K]) -> [S::Real; M] + Copy,
+) {
+    map_add(level, x, v, y, [], stores, ahead, move |x, v| (f(x, v), []));
+}
+
+/// As [`map`], where `f` also gives what is added to `sums[..][i]`.
+#[inline(always)]
+pub fn map_add<S: Storage, const N: usize, const K: usize, const M: usize, const B: usize, const A: usize>(
+    level: Level,
+    x: [&[S]; N],
+    v: [&[S::Real]; K],
+    mut y: [&mut [S]; M],
+    mut sums: [&mut [S::Real]; B],
+    stores: Stores,
+    ahead: [&[S]; A],
+    f: impl Fn([S::Real; N], [S::Real; K]) -> ([S::Real; M], [S::Real; B]) + Copy,
 ) {
     let n = y[0].len();
     let x = x.map(|x| &x[..n]);
     let v = v.map(|v| &v[..n]);
     let mut y = y.each_mut().map(|y| &mut y[..n]);
+    let mut sums = sums.each_mut().map(|sums| &mut sums[..n]);
     let (mut i, mut stream) = (0, false);
     if level.compact() {
-        return edge(&x, &v, &mut y, 0..n, &{ f });
+        return edge(&x, &v, &mut y, &mut sums, 0..n, &{ f });
     }
     if let Stores::Streamed { from } = stores {
         // With ordinary stores up to there; an output out of step with the first uses them throughout.
         let head = y[0].as_ptr().align_offset(from);
         let head = if head < LINE / size_of::<S>() { head.min(n) } else { 0 };
-        few(&x, &v, &mut y, 0..head, f);
+        few(&x, &v, &mut y, &mut sums, 0..head, f);
         (i, stream) = (head, true);
     }
     while i + LANES <= n {
@@ -49,79 +65,93 @@ pub fn map<S: Storage, const N: usize, const K: usize, const M: usize, const A: 
                 }
             }
         }
-        group::<S, N, K, M, LANES>(stream.then_some(level), &x, &v, &mut y, i, &f);
+        group::<S, N, K, M, B, LANES>(level, stream, &x, &v, &mut y, &mut sums, i, &f);
         i += LANES;
     }
-    few(&x, &v, &mut y, i..n, f);
+    few(&x, &v, &mut y, &mut sums, i..n, f);
 }
 
 /// Less than a group: four by four, then one by one.
 #[inline(always)]
-fn few<S: Storage, const N: usize, const K: usize, const M: usize>(
+fn few<S: Storage, const N: usize, const K: usize, const M: usize, const B: usize>(
     x: &[&[S]; N],
     v: &[&[S::Real]; K],
     y: &mut [&mut [S]; M],
+    sums: &mut [&mut [S::Real]; B],
     places: Range<usize>,
-    f: impl Fn([S::Real; N], [S::Real; K]) -> [S::Real; M] + Copy,
+    f: impl Fn([S::Real; N], [S::Real; K]) -> ([S::Real; M], [S::Real; B]) + Copy,
 ) {
     let mut i = places.start;
     while i + 4 <= places.end {
-        group::<S, N, K, M, 4>(None, x, v, y, i, &f);
+        group::<S, N, K, M, B, 4>(Level::Baseline, false, x, v, y, sums, i, &f);
         i += 4;
     }
     if i < places.end {
-        edge(x, v, y, i..places.end, &{ f });
+        edge(x, v, y, sums, i..places.end, &{ f });
     }
 }
 
 /// Places one by one: what is left of a run, or all of it at a compact level. Not inlined: one small copy serves every
 /// level.
 #[inline(never)]
-fn edge<S: Storage, const N: usize, const K: usize, const M: usize>(
+fn edge<S: Storage, const N: usize, const K: usize, const M: usize, const B: usize>(
     x: &[&[S]; N],
     v: &[&[S::Real]; K],
     y: &mut [&mut [S]; M],
+    sums: &mut [&mut [S::Real]; B],
     places: Range<usize>,
-    f: &impl Fn([S::Real; N], [S::Real; K]) -> [S::Real; M],
+    f: &impl Fn([S::Real; N], [S::Real; K]) -> ([S::Real; M], [S::Real; B]),
 ) {
     for i in places {
-        group::<S, N, K, M, 1>(None, x, v, y, i, f);
+        group::<S, N, K, M, B, 1>(Level::Baseline, false, x, v, y, sums, i, f);
     }
 }
 
 /// `L` values of each array, from `i` on. A loop, as `from_fn` may become a function of its own, outside the door of the
 /// kernel.
 #[inline(always)]
-pub fn loads<S: Storage, const N: usize, const L: usize>(x: &[&[S]; N], i: usize) -> [[S::Real; L]; N] {
+pub fn loads<S: Storage, const N: usize, const L: usize>(level: Level, x: &[&[S]; N], i: usize) -> [[S::Real; L]; N] {
     let mut values = [[S::Real::ZERO; L]; N];
     for k in 0..N {
-        values[k] = S::load(&x[k][i..i + L]);
+        values[k] = S::load_at(level, &x[k][i..i + L]);
     }
     values
 }
 
 #[inline(always)]
-fn group<S: Storage, const N: usize, const K: usize, const M: usize, const L: usize>(
-    stream: Option<Level>,
+fn group<S: Storage, const N: usize, const K: usize, const M: usize, const B: usize, const L: usize>(
+    level: Level,
+    stream: bool,
     x: &[&[S]; N],
     v: &[&[S::Real]; K],
     y: &mut [&mut [S]; M],
+    sums: &mut [&mut [S::Real]; B],
     i: usize,
-    f: &impl Fn([S::Real; N], [S::Real; K]) -> [S::Real; M],
+    f: &impl Fn([S::Real; N], [S::Real; K]) -> ([S::Real; M], [S::Real; B]),
 ) {
-    let x: [[S::Real; L]; N] = loads(x, i);
-    let v: [[S::Real; L]; K] = loads(v, i);
-    let mut out = [[S::Real::ZERO; L]; M];
+    let x: [[S::Real; L]; N] = loads(level, x, i);
+    let v: [[S::Real; L]; K] = loads(level, v, i);
+    let (mut out, mut add) = ([[S::Real::ZERO; L]; M], [[S::Real::ZERO; L]; B]);
     for l in 0..L {
-        let values = f(from_fn(|k| x[k][l]), from_fn(|k| v[k][l]));
+        let (values, terms) = f(from_fn(|k| x[k][l]), from_fn(|k| v[k][l]));
         for m in 0..M {
             out[m][l] = values[m];
         }
+        for b in 0..B {
+            add[b][l] = terms[b];
+        }
+    }
+    for b in 0..B {
+        let sums = &mut sums[b][i..i + L];
+        for l in 0..L {
+            sums[l] = sums[l] + add[b][l];
+        }
     }
     for m in 0..M {
-        match stream {
-            Some(level) => S::stream(level, out[m], &mut y[m][i..i + L]),
-            None => S::store(out[m], &mut y[m][i..i + L]),
+        if stream {
+            S::stream(level, out[m], &mut y[m][i..i + L]);
+        } else {
+            S::store_at(level, out[m], &mut y[m][i..i + L]);
         }
     }
 }
@@ -219,12 +249,12 @@ impl<R: Real, const M: usize> Sum<R, M> {
                 }
             }
             // Not a loop: the lanes stay in registers.
-            add_group(&mut lanes, 0, &x, &v, i, f);
-            add_group(&mut lanes, 1, &x, &v, i + LANES, f);
+            add_group(level, &mut lanes, 0, &x, &v, i, f);
+            add_group(level, &mut lanes, 1, &x, &v, i + LANES, f);
             i += 2 * LANES;
         }
         if i + LANES <= n {
-            add_group(&mut lanes, 0, &x, &v, i, f);
+            add_group(level, &mut lanes, 0, &x, &v, i, f);
             i += LANES;
         }
         self.lanes = lanes;
@@ -283,6 +313,7 @@ impl<R: Real, const M: usize> Sum<R, M> {
 
 #[inline(always)]
 fn add_group<S: Storage, const N: usize, const K: usize, const M: usize>(
+    level: Level,
     lanes: &mut [[[S::Real; LANES]; 2]; M],
     a: usize,
     x: &[&[S]; N],
@@ -290,8 +321,8 @@ fn add_group<S: Storage, const N: usize, const K: usize, const M: usize>(
     i: usize,
     f: &impl Fn([S::Real; N], [S::Real; K]) -> [S::Real; M],
 ) {
-    let x: [[S::Real; LANES]; N] = loads(x, i);
-    let v: [[S::Real; LANES]; K] = loads(v, i);
+    let x: [[S::Real; LANES]; N] = loads(level, x, i);
+    let v: [[S::Real; LANES]; K] = loads(level, v, i);
     for l in 0..LANES {
         let values = f(from_fn(|k| x[k][l]), from_fn(|k| v[k][l]));
         for m in 0..M {

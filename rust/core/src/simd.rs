@@ -5,7 +5,7 @@
 
 use crate::error::Error;
 use crate::kernel::Kernel;
-use half::f16;
+use half::{bf16, f16};
 use std::sync::OnceLock;
 
 /// What the CPU offers, as far as kernels use it. Other architectures than x86-64 run `Baseline`: on AArch64 that
@@ -156,33 +156,76 @@ pub fn stream<T: Copy, const L: usize>(level: Level, line: &[T; L], to: &mut [T]
     *to = *line;
 }
 
-/// Widens with the CPU's own instruction, which is exact; false where it has none or `L` is no multiple of 8.
+/// Widens with the CPU's own instruction, which is exact; false where `level` has none or `L` is no multiple of 8.
 #[inline(always)]
-pub fn widen_halves<const L: usize>(from: &[f16; L], to: &mut [f32; L]) -> bool {
+pub fn widen_halves<const L: usize>(level: Level, from: &[f16; L], to: &mut [f32; L]) -> bool {
     #[cfg(target_arch = "x86_64")]
-    if L.is_multiple_of(8) && level() >= Level::Avx2 {
+    if L.is_multiple_of(8) && level >= Level::Avx2 {
         // SAFETY: `detected` found F16C where the level is Avx2 or above.
         unsafe { f16c_widen(from, to) };
         return true;
     }
-    let _ = (from, to);
+    let _ = (level, from, to);
     false
 }
 
-/// Narrows with the CPU's own instruction, to nearest even; false where it has none or `L` is no multiple of 8.
+/// Narrows with the CPU's own instruction, to nearest even; false where `level` has none or `L` is no multiple of 8.
 #[inline(always)]
-pub fn narrow_halves<const L: usize>(from: &[f32; L], to: &mut [f16; L]) -> bool {
+pub fn narrow_halves<const L: usize>(level: Level, from: &[f32; L], to: &mut [f16; L]) -> bool {
     #[cfg(target_arch = "x86_64")]
-    if L.is_multiple_of(8) && level() >= Level::Avx2 {
+    if L.is_multiple_of(8) && level >= Level::Avx2 {
         // SAFETY: `detected` found F16C where the level is Avx2 or above.
         unsafe { f16c_narrow(from, to) };
         return true;
     }
-    let _ = (from, to);
+    let _ = (level, from, to);
+    false
+}
+
+/// Narrows in wide registers, with the bits of [`crate::storage::Storage::narrow`]: compilers find them in some loops
+/// only. False where `level` has none or `L` is no multiple of 16.
+#[inline(always)]
+pub fn narrow_bfloats<const L: usize>(level: Level, from: &[f32; L], to: &mut [bf16; L]) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if L.is_multiple_of(16) && level >= Level::Avx2 {
+        // SAFETY: `detected` found AVX2.
+        unsafe { avx2_narrow_bfloats(from, to) };
+        return true;
+    }
+    let _ = (level, from, to);
     false
 }
 
 #[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx2,f16c")]
+fn avx2_narrow_bfloats<const L: usize>(from: &[f32; L], to: &mut [bf16; L]) {
+    use std::arch::x86_64::*;
+    // The upper half of each of eight floats, rounded to nearest even; of a NaN the upper half as it is, but quiet.
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn upper(x: __m256) -> __m256i {
+        let bits = _mm256_castps_si256(x);
+        let upper = _mm256_srli_epi32::<16>(bits);
+        let odd = _mm256_and_si256(upper, _mm256_set1_epi32(1));
+        let sum = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+        let quiet = _mm256_or_si256(upper, _mm256_set1_epi32(0x40));
+        let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(x, x));
+        _mm256_blendv_epi8(_mm256_srli_epi32::<16>(sum), quiet, nan)
+    }
+    for i in 0..L / 16 {
+        // SAFETY: sixteen elements from 16 * i on lie in both arrays; bf16 is two bytes of bits.
+        unsafe {
+            let low = upper(_mm256_loadu_ps(from.as_ptr().add(16 * i)));
+            let high = upper(_mm256_loadu_ps(from.as_ptr().add(16 * i + 8)));
+            let sixteen = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packus_epi32(low, high));
+            _mm256_storeu_si256(to.as_mut_ptr().add(16 * i).cast(), sixteen);
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[inline]
 #[target_feature(enable = "avx2,f16c")]
 fn f16c_widen<const L: usize>(from: &[f16; L], to: &mut [f32; L]) {
     use std::arch::x86_64::{_mm_loadu_si128, _mm256_cvtph_ps, _mm256_storeu_ps};
@@ -196,6 +239,7 @@ fn f16c_widen<const L: usize>(from: &[f16; L], to: &mut [f32; L]) {
 }
 
 #[cfg(target_arch = "x86_64")]
+#[inline]
 #[target_feature(enable = "avx2,f16c")]
 fn f16c_narrow<const L: usize>(from: &[f32; L], to: &mut [f16; L]) {
     use std::arch::x86_64::{_MM_FROUND_TO_NEAREST_INT, _mm_storeu_si128, _mm256_cvtps_ph, _mm256_loadu_ps};

@@ -2,6 +2,7 @@
 
 use crate::real::Real;
 use crate::simd::{self, Level};
+use crate::stored::{Source, Stored};
 use half::{bf16, f16};
 use std::array::from_fn;
 
@@ -19,6 +20,12 @@ pub trait Storage: Copy + Default + PartialEq + Send + Sync + 'static {
     /// The nearest value of this type, ties to even.
     fn narrow(x: Self::Real) -> Self;
 
+    /// An array of this type, to be read by what learns its type at run time only.
+    fn source(from: &[Self]) -> Source<'_, Self::Real>;
+
+    /// An array of this type, to be changed by what learns its type at run time only.
+    fn stored(to: &mut [Self]) -> Stored<'_, Self::Real>;
+
     /// The first `L` values of `from`.
     #[inline(always)]
     fn load<const L: usize>(from: &[Self]) -> [Self::Real; L] {
@@ -26,10 +33,29 @@ pub trait Storage: Copy + Default + PartialEq + Send + Sync + 'static {
         from_fn(|l| from[l].widen())
     }
 
+    /// [`Storage::load`] inside the door of `level`.
+    #[inline(always)]
+    fn load_at<const L: usize>(level: Level, from: &[Self]) -> [Self::Real; L] {
+        let _ = level;
+        Self::load(from)
+    }
+
+    /// [`Storage::round`] inside the door of `level`.
+    #[inline(always)]
+    fn round_at<const L: usize>(level: Level, values: [Self::Real; L]) -> [Self; L] {
+        let _ = level;
+        Self::round(values)
+    }
+
     /// `values`, each rounded to this type.
     #[inline(always)]
     fn round<const L: usize>(values: [Self::Real; L]) -> [Self; L] {
-        from_fn(|l| Self::narrow(values[l]))
+        // A loop: `from_fn` may become a function of its own, outside the door of the kernel.
+        let mut line = [Self::default(); L];
+        for l in 0..L {
+            line[l] = Self::narrow(values[l]);
+        }
+        line
     }
 
     /// Writes `values` to the start of `to`.
@@ -38,10 +64,16 @@ pub trait Storage: Copy + Default + PartialEq + Send + Sync + 'static {
         to[..L].copy_from_slice(&Self::round(values));
     }
 
+    /// [`Storage::store`] inside the door of `level`.
+    #[inline(always)]
+    fn store_at<const L: usize>(level: Level, values: [Self::Real; L], to: &mut [Self]) {
+        to[..L].copy_from_slice(&Self::round_at(level, values));
+    }
+
     /// Writes `values` to the start of `to` past the caches; `to` is 16-byte aligned.
     #[inline(always)]
     fn stream<const L: usize>(level: Level, values: [Self::Real; L], to: &mut [Self]) {
-        simd::stream(level, &Self::round(values), &mut to[..L]);
+        simd::stream(level, &Self::round_at(level, values), &mut to[..L]);
     }
 }
 
@@ -57,6 +89,12 @@ macro_rules! native {
             fn narrow(x: $t) -> Self {
                 x
             }
+            fn source(from: &[Self]) -> Source<'_, Self> {
+                Source::Real(from)
+            }
+            fn stored(to: &mut [Self]) -> Stored<'_, Self> {
+                Stored::Real(to)
+            }
         }
     };
 }
@@ -66,6 +104,14 @@ native!(f64);
 
 impl Storage for bf16 {
     type Real = f32;
+
+    fn source(from: &[Self]) -> Source<'_, f32> {
+        Source::Bf16(from)
+    }
+
+    fn stored(to: &mut [Self]) -> Stored<'_, f32> {
+        Stored::Bf16(to)
+    }
 
     #[inline(always)]
     fn widen(self) -> f32 {
@@ -79,10 +125,27 @@ impl Storage for bf16 {
         let quiet_nan = (bits >> 16) | 0x40;
         bf16::from_bits(if bits & 0x7FFF_FFFF > 0x7F80_0000 { quiet_nan } else { rounded } as u16)
     }
+
+    #[inline(always)]
+    fn round_at<const L: usize>(level: Level, values: [f32; L]) -> [Self; L] {
+        let mut line = [bf16::ZERO; L];
+        if !simd::narrow_bfloats(level, &values, &mut line) {
+            line = Self::round(values);
+        }
+        line
+    }
 }
 
 impl Storage for f16 {
     type Real = f32;
+
+    fn source(from: &[Self]) -> Source<'_, f32> {
+        Source::F16(from)
+    }
+
+    fn stored(to: &mut [Self]) -> Stored<'_, f32> {
+        Stored::F16(to)
+    }
 
     #[inline(always)]
     fn widen(self) -> f32 {
@@ -112,9 +175,14 @@ impl Storage for f16 {
 
     #[inline(always)]
     fn load<const L: usize>(from: &[Self]) -> [f32; L] {
+        Self::load_at(simd::level(), from)
+    }
+
+    #[inline(always)]
+    fn load_at<const L: usize>(level: Level, from: &[Self]) -> [f32; L] {
         let from: &[Self; L] = from[..L].try_into().expect("sliced to L");
         let mut to = [0.0; L];
-        if !simd::widen_halves(from, &mut to) {
+        if !simd::widen_halves(level, from, &mut to) {
             widen_halves(from, &mut to);
         }
         to
@@ -122,8 +190,13 @@ impl Storage for f16 {
 
     #[inline(always)]
     fn round<const L: usize>(values: [f32; L]) -> [Self; L] {
+        Self::round_at(simd::level(), values)
+    }
+
+    #[inline(always)]
+    fn round_at<const L: usize>(level: Level, values: [f32; L]) -> [Self; L] {
         let mut line = [f16::ZERO; L];
-        if !simd::narrow_halves(&values, &mut line) {
+        if !simd::narrow_halves(level, &values, &mut line) {
             narrow_halves(&values, &mut line);
         }
         line
@@ -149,6 +222,20 @@ fn narrow_halves<const L: usize>(from: &[f32; L], to: &mut [f16; L]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn wide_registers_round_alike() {
+        // NaNs of every kind, infinities, ties, and whatever else 16 bits and some below them can be.
+        for top in 0..=u16::MAX {
+            for low in [0u32, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF] {
+                let values: [f32; 16] = from_fn(|l| f32::from_bits((top as u32) << 16 | low ^ l as u32 & 1));
+                let wanted = bf16::round(values).map(bf16::to_bits);
+                for level in Level::ALL.into_iter().filter(|level| *level <= simd::level()) {
+                    assert_eq!(bf16::round_at(level, values).map(bf16::to_bits), wanted, "{top:#x} {low:#x}");
+                }
+            }
+        }
+    }
 
     #[test]
     fn every_16_bit_value_survives_the_round_trip() {

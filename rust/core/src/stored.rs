@@ -166,7 +166,7 @@ impl<T: Real, S: Storage> Kernel for Load<'_, T, S> {
         let (from, to) = (self.from, &mut self.to[..n]);
         let mut i = 0;
         while i + LANES <= n && !level.compact() {
-            let x: [S::Real; LANES] = S::load(&from[i..i + LANES]);
+            let x: [S::Real; LANES] = S::load_at(level, &from[i..i + LANES]);
             let mut sum = [T::ZERO; LANES];
             for l in 0..LANES {
                 sum[l] = T::from_f64(x[l].to_f64());
@@ -223,7 +223,7 @@ impl<T: Real, S: Storage> Kernel for Store<'_, T, S> {
             for l in 0..LANES {
                 values[l] = S::Real::from_f64(x[l].to_f64());
             }
-            S::store(values, &mut to[i..i + LANES]);
+            S::store_at(level, values, &mut to[i..i + LANES]);
             i += LANES;
         }
         store_rest(&self.from[i..], &mut to[i..]);

@@ -4,8 +4,8 @@
 //! are summed side by side, eight rows at a time. Where there are few columns, several rows are seen as one longer row,
 //! and the sums of the columns that belong to one channel are merged at the end.
 
-use super::{Affine, Data, Shape, centred, floor, floored};
-use crate::kernel::{Kernel, launch};
+use super::{Affine, Data, Shape, centred, floor, floored, start};
+use crate::kernel::Kernel;
 use crate::lanes::{LANES, Stores, loads, map};
 use crate::moments::{Channels, LOOKS, again, conclude, guess, inverse};
 use crate::real::Real;
@@ -13,18 +13,22 @@ use crate::simd::{self, Level};
 use crate::storage::Storage;
 use std::array::from_fn;
 use std::borrow::Cow;
+use std::ops::Range;
 
-/// Elements of a block: in float32, 128 KiB that the second look finds in the L2 cache.
-const BLOCK: usize = 32_768;
+/// Elements of a block: in float32, 512 KiB, which another look finds in the second cache.
+const BLOCK: usize = 131_072;
 
 /// No more rows than this are added in the arithmetic type before float64 takes over; see [`crate::lanes::Sum`].
-const CHAIN: usize = 32;
+pub(super) const CHAIN: usize = 32;
+
+/// Statistics are taken of at most this many columns at a time, so that their sums stay in the first caches.
+const TILE: usize = 2048;
 
 /// Rows that are added to the sums of 16 columns while these stay in registers.
 const ROWS: usize = 8;
 
 pub(super) fn block_rows(width: usize) -> usize {
-    (BLOCK / width.max(1)).clamp(ROWS, 8 * CHAIN) / ROWS * ROWS
+    (BLOCK / width.clamp(1, TILE)).clamp(ROWS, 8 * CHAIN) / ROWS * ROWS
 }
 
 /// How many rows to see as one, so that it has whole groups of lanes and at least `wanted` elements.
@@ -53,6 +57,7 @@ pub(super) fn cut(len: usize, width: usize, step: usize) -> Option<usize> {
 
 /// `M` sums of every column.
 pub(super) struct ColumnSums<R, const M: usize> {
+    stride: usize,
     narrow: [Vec<R>; M],
     /// The sums.
     pub(super) wide: [Vec<f64>; M],
@@ -60,7 +65,12 @@ pub(super) struct ColumnSums<R, const M: usize> {
 
 impl<R: Real, const M: usize> ColumnSums<R, M> {
     pub(super) fn new(width: usize) -> Self {
-        Self { narrow: from_fn(|_| vec![R::ZERO; width]), wide: from_fn(|_| vec![0.0; width]) }
+        Self::of(width, width)
+    }
+
+    /// Of `width` columns of rows that begin every `stride` elements.
+    fn of(width: usize, stride: usize) -> Self {
+        Self { stride, narrow: from_fn(|_| vec![R::ZERO; width]), wide: from_fn(|_| vec![0.0; width]) }
     }
 
     pub(super) fn clear(&mut self) {
@@ -79,25 +89,36 @@ impl<R: Real, const M: usize> ColumnSums<R, M> {
         weights: Option<&[R]>,
         f: impl Fn([R; N], [R; K], R) -> [R; M],
     ) {
-        let width = self.wide[0].len();
+        let (width, stride) = (self.wide[0].len(), self.stride);
+        let all = (x[0].len() + stride - width) / stride;
         let mut row = 0;
-        while row * width < x[0].len() {
-            let rows = CHAIN.min(x[0].len() / width - row);
-            let part = x.map(|x| &x[row * width..(row + rows) * width]);
-            for m in 0..M {
-                self.narrow[m].fill(R::ZERO);
-            }
+        while row < all {
+            let rows = CHAIN.min(all - row);
+            let part = x.map(|x| &x[row * stride..]);
             let weights = weights.map(|w| &w[row..row + rows]);
-            add_rows(level, part, v, weights, self.narrow.each_mut().map(|n| &mut n[..]), &f);
-            for m in 0..M {
-                widen(&self.narrow[m], &mut self.wide[m]);
-            }
+            add_rows(level, part, rows, stride, v, weights, self.chain(), &f);
+            self.empty();
             row += rows;
+        }
+    }
+
+    /// The sums of at most [`CHAIN`] rows in the arithmetic type, to be added to.
+    #[inline(always)]
+    pub(super) fn chain(&mut self) -> [&mut [R]; M] {
+        self.narrow.each_mut().map(|narrow| &mut narrow[..])
+    }
+
+    /// Adds the sums of a chain to those in float64.
+    #[inline(always)]
+    pub(super) fn empty(&mut self) {
+        for m in 0..M {
+            widen(&self.narrow[m], &mut self.wide[m]);
+            self.narrow[m].fill(R::ZERO);
         }
     }
 }
 
-/// Adds the sums of a chain to those in float64.
+/// `wide += narrow`.
 #[inline(always)]
 fn widen<R: Real>(narrow: &[R], wide: &mut [f64]) {
     let mut groups = wide.chunks_exact_mut(LANES);
@@ -120,20 +141,36 @@ fn widen<R: Real>(narrow: &[R], wide: &mut [f64]) {
 fn add_rows<S: Storage, const N: usize, const K: usize, const M: usize>(
     level: Level,
     x: [&[S]; N],
+    rows: usize,
+    stride: usize,
     v: [&[S::Real]; K],
     weights: Option<&[S::Real]>,
     mut sums: [&mut [S::Real]; M],
     f: &impl Fn([S::Real; N], [S::Real; K], S::Real) -> [S::Real; M],
 ) {
-    let width = sums[0].len();
-    let rows = x[0].len() / width;
     let mut r = 0;
     while r + ROWS <= rows && !level.compact() {
-        add_some::<S, N, K, M, ROWS>(level, x.map(|x| &x[r * width..]), &v, weights.map(|w| &w[r..]), &mut sums, f);
+        add_some::<S, N, K, M, ROWS>(
+            level,
+            x.map(|x| &x[r * stride..]),
+            stride,
+            &v,
+            weights.map(|w| &w[r..]),
+            &mut sums,
+            f,
+        );
         r += ROWS;
     }
     while r < rows {
-        add_some::<S, N, K, M, 1>(level, x.map(|x| &x[r * width..]), &v, weights.map(|w| &w[r..]), &mut sums, f);
+        add_some::<S, N, K, M, 1>(
+            level,
+            x.map(|x| &x[r * stride..]),
+            stride,
+            &v,
+            weights.map(|w| &w[r..]),
+            &mut sums,
+            f,
+        );
         r += 1;
     }
 }
@@ -143,6 +180,7 @@ fn add_rows<S: Storage, const N: usize, const K: usize, const M: usize>(
 fn add_some<S: Storage, const N: usize, const K: usize, const M: usize, const B: usize>(
     level: Level,
     x: [&[S]; N],
+    stride: usize,
     v: &[&[S::Real]; K],
     weights: Option<&[S::Real]>,
     sums: &mut [&mut [S::Real]; M],
@@ -150,13 +188,13 @@ fn add_some<S: Storage, const N: usize, const K: usize, const M: usize, const B:
 ) {
     // Every slice gets the same length here, so that the loops below need no bounds checks.
     let width = sums[0].len();
-    let rows: [[&[S]; B]; N] = from_fn(|k| from_fn(|b| &x[k][b * width..][..width]));
+    let rows: [[&[S]; B]; N] = from_fn(|k| from_fn(|b| &x[k][b * stride..][..width]));
     let v = v.map(|v| &v[..width]);
     let mut sums = sums.each_mut().map(|sums| &mut sums[..width]);
     let w: [S::Real; B] = from_fn(|b| weights.map_or(S::Real::ONE, |w| w[b]));
     let mut c = 0;
     while c + LANES <= width && !level.compact() {
-        add_group::<S, N, K, M, B, LANES>(&rows, &v, &w, &mut sums, c, f);
+        add_group::<S, N, K, M, B, LANES>(level, &rows, &v, &w, &mut sums, c, f);
         c += LANES;
     }
     if c < width {
@@ -178,12 +216,13 @@ fn add_edge<S: Storage, const N: usize, const K: usize, const M: usize>(
     f: &impl Fn([S::Real; N], [S::Real; K], S::Real) -> [S::Real; M],
 ) {
     for c in from..sums[0].len() {
-        add_group::<S, N, K, M, 1, 1>(rows, v, w, sums, c, f);
+        add_group::<S, N, K, M, 1, 1>(Level::Baseline, rows, v, w, sums, c, f);
     }
 }
 
 #[inline(always)]
 fn add_group<S: Storage, const N: usize, const K: usize, const M: usize, const B: usize, const L: usize>(
+    level: Level,
     rows: &[[&[S]; B]; N],
     v: &[&[S::Real]; K],
     w: &[S::Real; B],
@@ -191,10 +230,10 @@ fn add_group<S: Storage, const N: usize, const K: usize, const M: usize, const B
     c: usize,
     f: &impl Fn([S::Real; N], [S::Real; K], S::Real) -> [S::Real; M],
 ) {
-    let v: [[S::Real; L]; K] = loads(v, c);
+    let v: [[S::Real; L]; K] = loads(level, v, c);
     let mut lanes: [[S::Real; L]; M] = from_fn(|m| S::Real::load(&sums[m][c..c + L]));
     for b in 0..B {
-        let x: [[S::Real; L]; N] = loads(&from_fn(|k| rows[k][b]), c);
+        let x: [[S::Real; L]; N] = loads(level, &from_fn(|k| rows[k][b]), c);
         for l in 0..L {
             let values = f(from_fn(|k| x[k][l]), from_fn(|k| v[k][l]), w[b]);
             for m in 0..M {
@@ -216,13 +255,18 @@ struct Stats<'a, S: Storage, const WEIGHTED: bool> {
 
 /// See [`super::stats`].
 pub(super) fn stats<S: Storage>(data: Data<'_, S>) -> Channels {
+    stats_by(data, false)
+}
+
+/// The same, `alone` on this thread.
+pub(super) fn stats_by<S: Storage>(data: Data<'_, S>, alone: bool) -> Channels {
     let Data { x, weights, shape: Shape { outer, channels, .. } } = data;
     let fold = if weights.is_some() { 1 } else { fold(channels, 64) };
     let (x, rest) = x.split_at(outer / fold * fold * channels);
     if weights.is_some() {
-        return launch(Stats::<S, true> { x, weights, width: channels });
+        return start(alone, Stats::<S, true> { x, weights, width: channels });
     }
-    let folded = launch(Stats::<S, false> { x, weights, width: channels * fold });
+    let folded = start(alone, Stats::<S, false> { x, weights, width: channels * fold });
     if fold == 1 {
         return folded;
     }
@@ -252,22 +296,35 @@ impl<S: Storage, const WEIGHTED: bool> Kernel for Stats<'_, S, WEIGHTED> {
 
     #[inline(always)]
     fn run(self, level: Level) -> Channels {
-        let (width, zero) = (self.width, S::Real::ZERO);
-        let mut state = Channels::empty(0, width);
-        if width == 0 {
-            return state;
+        let mut all = Channels::empty(0, 0);
+        for first in (0..self.width).step_by(TILE) {
+            all.append(self.tile(level, first..self.width.min(first + TILE)));
         }
+        all
+    }
+
+    fn merge(left: Channels, right: Channels) -> Channels {
+        left.merge(right)
+    }
+}
+
+impl<S: Storage, const WEIGHTED: bool> Stats<'_, S, WEIGHTED> {
+    /// The moments of some columns.
+    #[inline(always)]
+    fn tile(&self, level: Level, columns: Range<usize>) -> Channels {
+        let (width, stride, zero) = (columns.len(), self.width, S::Real::ZERO);
+        let mut state = Channels::empty(0, width);
         let (mut guessed, mut about) = (vec![zero; width], vec![zero; width]);
-        let (mut mean, mut m2) = (vec![0.0; width], vec![0.0; width]);
-        let mut sums = ColumnSums::<S::Real, 2>::new(width);
-        let rows = block_rows(width);
-        for (b, x) in self.x.chunks(rows * width).enumerate() {
-            let weights = self.weights.filter(|_| WEIGHTED).map(|w| &w[b * rows..b * rows + x.len() / width]);
+        let (mut mean, mut m2, mut wavers) = (vec![0.0; width], vec![0.0; width], vec![false; width]);
+        let mut sums = ColumnSums::<S::Real, 2>::of(width, stride);
+        let rows = block_rows(stride);
+        for (b, x) in self.x.chunks(rows * stride).enumerate() {
+            let weights = self.weights.filter(|_| WEIGHTED).map(|w| &w[b * rows..b * rows + x.len() / stride]);
             let count = match weights {
-                None => (x.len() / width) as f64,
+                None => (x.len() / stride) as f64,
                 Some(weights) => weights.iter().map(|w| w.to_f64()).sum(),
             };
-            let inverse = inverse(count);
+            let (inverse, x) = (inverse(count), &x[columns.start..]);
             for c in 0..width {
                 guessed[c] = guess::<S>(state.count, state.mean[c], state.m2[c]);
             }
@@ -285,26 +342,21 @@ impl<S: Storage, const WEIGHTED: bool> Kernel for Stats<'_, S, WEIGHTED> {
                     }),
                 }
                 let [first, second] = &sums.wide;
-                let mut unsettled = false;
+                let (first, second) = (&first[..width], &second[..width]);
                 for c in 0..width {
-                    let (moments, wavers) = conclude(count, inverse, about[c], first[c], second[c]);
-                    (mean[c], m2[c]) = (moments.mean, moments.m2);
-                    if wavers {
-                        about[c] = again::<S>(look, guessed[c], mean[c]);
-                    }
-                    unsettled |= wavers;
+                    let (moments, unsettled) = conclude(count, inverse, about[c], first[c], second[c]);
+                    (mean[c], m2[c], wavers[c]) = (moments.mean, moments.m2, unsettled);
                 }
-                if !unsettled {
+                if !wavers.contains(&true) {
                     break;
+                }
+                for c in (0..width).filter(|c| wavers[*c]) {
+                    about[c] = again::<S>(look, guessed[c], mean[c]);
                 }
             }
             state.absorb(count, &mean, &m2);
         }
         state
-    }
-
-    fn merge(left: Channels, right: Channels) -> Channels {
-        left.merge(right)
     }
 }
 
@@ -330,11 +382,25 @@ pub(super) fn apply<S: Storage>(
     relu: bool,
     y: &mut [S],
 ) {
+    let stores = Stores::joined(y, shape.channels * fold(shape.channels, ROW.min(shape.len())));
+    apply_by(x, shape, affine, residual, relu, y, stores, false);
+}
+
+/// The same with these stores, `alone` on this thread.
+pub(super) fn apply_by<S: Storage>(
+    x: &[S],
+    shape: Shape,
+    affine: Affine<'_, S::Real>,
+    residual: Option<&[S]>,
+    relu: bool,
+    y: &mut [S],
+    stores: Stores,
+    alone: bool,
+) {
     let times = fold(shape.channels, ROW.min(shape.len()));
     let scale = scale(&affine);
     let vectors = [affine.hi, affine.lo, &scale, affine.beta].map(|v| repeat(v, times));
-    let stores = Stores::joined(y, shape.channels * times);
-    launch(Apply { x, residual, vectors: from_fn(|k| &*vectors[k]), floor: floor(relu), stores, y });
+    start(alone, Apply { x, residual, vectors: from_fn(|k| &*vectors[k]), floor: floor(relu), stores, y });
 }
 
 impl<S: Storage> Kernel for Apply<'_, S> {

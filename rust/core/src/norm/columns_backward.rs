@@ -1,7 +1,7 @@
 //! Channels last, backward.
 
 use super::columns::{ColumnSums, ROW, block_rows, cut, fold, repeat, scale};
-use super::{Data, Shape, Sums, Upstream, centred, gradient, masked};
+use super::{Data, Shape, Sums, Upstream, centred, gradient, masked, start};
 use crate::kernel::{Kernel, launch};
 use crate::lanes::{Stores, map};
 use crate::real::Real;
@@ -20,6 +20,11 @@ struct Reduce<'a, S: Storage> {
 
 /// See [`super::backward_reduce`].
 pub(super) fn reduce<S: Storage>(up: Upstream<'_, S>) -> Sums {
+    reduce_by(up, false)
+}
+
+/// The same, `alone` on this thread.
+pub(super) fn reduce_by<S: Storage>(up: Upstream<'_, S>, alone: bool) -> Sums {
     let Upstream { dy, data: Data { x, shape: Shape { outer, channels, .. }, .. }, affine, residual, relu } = up;
     let fold = fold(channels, 64);
     let scale = scale(&affine);
@@ -33,7 +38,7 @@ pub(super) fn reduce<S: Storage>(up: Upstream<'_, S>) -> Sums {
         relu,
         vectors,
     };
-    let folded = launch(kernel(0..at, from_fn(|k| &*vectors[k])));
+    let folded = start(alone, kernel(0..at, from_fn(|k| &*vectors[k])));
     if fold == 1 {
         return folded;
     }

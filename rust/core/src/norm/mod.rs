@@ -1,7 +1,8 @@
-//! Batch normalisation (Ioffe, Szegedy 2015, arXiv:1502.03167), forward and backward.
+//! Normalisation, forward and backward: batch norm (Ioffe, Szegedy 2015, arXiv:1502.03167) here, layer norm and RMS norm
+//! in [`rows`], group norm and instance norm in [`groups`].
 //!
-//! An array is seen as (outer, channels, inner) around its channel axis, with one statistic per channel over outer and
-//! inner. [`planes`] handles inner > 1 (channels first), [`columns`] inner = 1 (channels last and plain matrices).
+//! Batch norm sees an array as (outer, channels, inner) around its channel axis, with one statistic per channel over outer
+//! and inner. [`planes`] handles inner > 1 (channels first), [`columns`] inner = 1 (channels last and plain matrices).
 //!
 //! Training is statistics, [`finish`], [`apply`]; [`train`] does all three, and where the slice of a channel fits in
 //! cache it reads x from memory once. The same bits come out either way.
@@ -11,11 +12,13 @@ mod columns_backward;
 pub mod planes;
 mod planes_backward;
 mod region;
+mod small;
 
 use crate::error::{Error, length};
-use crate::kernel::launch;
+use crate::kernel::{Kernel, launch};
 use crate::moments::Channels;
 use crate::real::{Real, split};
+use crate::simd;
 use crate::storage::Storage;
 
 /// An array around its channel axis.
@@ -162,6 +165,8 @@ pub fn stats<S: Storage>(data: Data<'_, S>) -> Channels {
         columns::stats(data)
     } else if data.weights.is_some() {
         launch(planes::Stats::<S, true>::new(data))
+    } else if let Some(shape) = small::matrix(data.shape) {
+        small::channels(&columns::stats(Data { shape, ..data }), data.shape.inner)
     } else {
         launch(planes::Stats::<S, false>::new(data))
     }
@@ -297,7 +302,15 @@ impl Sums {
 
 /// The gradients of beta and gamma.
 pub fn backward_reduce<S: Storage>(up: Upstream<'_, S>) -> Sums {
-    if up.data.shape.inner == 1 { columns_backward::reduce(up) } else { launch(planes_backward::Reduce::new(up)) }
+    let inner = up.data.shape.inner;
+    if inner == 1 {
+        columns_backward::reduce(up)
+    } else if let Some(matrix) = small::matrix(up.data.shape) {
+        let vectors = small::Vectors::new(up.affine, inner);
+        small::sums(&columns_backward::reduce(small::upstream(up, matrix, &vectors)), inner)
+    } else {
+        launch(planes_backward::Reduce::new(up))
+    }
 }
 
 /// The gradient of x:
@@ -345,6 +358,11 @@ pub fn backward<S: Storage>(
     let sums = backward_reduce(up);
     backward_apply(up, count, &sums, dx, dresidual)?;
     Ok(sums)
+}
+
+/// Runs a kernel: `alone` on this thread, where it is a part of what the others do too, or split.
+fn start<K: Kernel>(alone: bool, kernel: K) -> K::Out {
+    if alone { simd::run(kernel) } else { launch(kernel) }
 }
 
 /// x̂ * sd: x minus its mean.

@@ -1,6 +1,6 @@
 //! How an array of planes is cut: into parts for threads, blocks for sums, tiles for memory.
 
-use super::Shape;
+use super::{Shape, small};
 use crate::moments::BLOCK;
 use std::ops::Range;
 
@@ -17,7 +17,10 @@ pub(super) const TILE: usize = 16;
 /// channels enough for every thread.
 pub fn resident(shape: Shape, size: usize) -> bool {
     let tile = tile(shape, size);
-    shape.inner > 1 && shape.channels >= 4 && shape.count() * size * tile <= RESIDENT_BYTES
+    shape.inner > 1
+        && small::matrix(shape).is_none()
+        && shape.channels >= 4
+        && shape.count() * size * tile <= RESIDENT_BYTES
 }
 
 pub(super) fn tile(shape: Shape, size: usize) -> usize {
