@@ -21,7 +21,7 @@ def cases():
     for shape in SHAPES:
         for what in ("forward", "backward"):
             yield norms.case((shape, 1, "float32"), what)
-    yield optim.case(("adamw", 200, 1_000))
+    yield optim.case(optim.Spec("adamw", "200 x 1,000"))
 
 
 class Worker:

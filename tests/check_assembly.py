@@ -31,7 +31,12 @@ LIBM = re.compile(
 # Fewest instructions that compute in 256-bit registers; integer ones where a kernel has no others.
 WIDE = 4
 INTEGERS = {"init::Words"}
-MOVES = {"probe::Copy"}
+# They convert, add once per element, or hand on to a kernel with a door of its own.
+MOVES = {"probe::Copy", "stored::Load", "stored::Store", "optim::Step"}
+# They run other kernels, each through its own door, and what lies between.
+DRIVERS = {"norm::groups::Forward", "norm::groups_backward::Backward"}
+# Between these and what kernels compute in.
+NARROW = ("f16", "bf16")
 
 FLOAT = re.compile(r"v?(?:add|sub|mul|div|sqrt|min|max)(ps|pd|ss|sd)$")
 INTEGER = re.compile(r"v?p(?:add|sub|mul|and|or|xor|sll|srl|sra)\w*$")
@@ -116,8 +121,10 @@ def implementations(trait):
 
 def wanted():
     """Patterns of the kernels that must exist, by a short name."""
+    dtypes = {short: re.escape(full) for short, full in DTYPES.items()}
     kinds = {
-        ": Storage": {short: re.escape(full) for short, full in DTYPES.items()},
+        ": Real": {short: dtypes[short] for short in ("f64", "f32")},
+        ": Storage": dtypes,
         "Rule<": {path: re.escape(path) for _, path in implementations("Rule")},
         "Variate": {path: re.escape(path) for _, path in implementations("Variate")},
     }
@@ -125,6 +132,8 @@ def wanted():
     for generics, path in implementations("Kernel"):
         choices = [kind.items() for mark, kind in kinds.items() if mark in generics]
         for chosen in product(*choices):
+            if path.startswith("stored::") and chosen[-1][0] not in NARROW:
+                continue
             short = ", ".join(name.split("::")[-1] for name, _ in chosen)
             inside = r"\b.*\b".join(pattern for _, pattern in chosen)
             patterns[f"{path}<{short}>" if short else path] = rf"{path}<{inside}\b.*" if short else path
@@ -164,7 +173,8 @@ def faults(functions, kernel, door, level):
     """What is wrong with a kernel's door, in words."""
     for name in sorted(door.forbidden):
         yield f"{name} instructions"
-    if level != "baseline" and kernel.split("<")[0] not in MOVES:
+    driver = kernel.split("<")[0] in DRIVERS
+    if level != "baseline" and not driver and kernel.split("<")[0] not in MOVES:
         wide = door.count["integer" if kernel in INTEGERS else "ymm"]
         if wide < WIDE:
             yield f"only {wide} instructions compute in wide registers"
@@ -176,7 +186,7 @@ def faults(functions, kernel, door, level):
             continue
         elif functions[name].forbidden:
             yield f"{', '.join(sorted(functions[name].forbidden))} instructions in {name}"
-        elif functions[name].computes and not ("kilter_core::" in name and last(name) in outside()):
+        elif functions[name].computes and not (driver or ("kilter_core::" in name and last(name) in outside())):
             yield f"left outside the door: {name} ({functions[name].computes} floating-point operations)"
 
 

@@ -3,7 +3,6 @@
 Nothing here is fast, nothing writes in place, and nothing imports kilter.
 """
 
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -132,117 +131,61 @@ def batch_norm_backward(dy, x, gamma=None, *, axis=1, eps=1e-5, mean=None, var=N
     return np.moveaxis(dx.reshape(shape), -1, axis), dgamma, dbeta, dy
 
 
-# --------------------------------------------------------------------------- optimizers
-
-Schedule = float | Callable[[int], float]
+# --------------------------------------------------------------------------- layer norm, RMS norm
 
 
-def _at(value: Schedule, call: int) -> float:
-    return value(call) if callable(value) else value
+def _rows(x, ndim):
+    """x in float64, the axes of a row, and how many values a row has."""
+    x, axes = np.asarray(x, np.float64), tuple(range(-ndim, 0))
+    return x, axes, np.prod(x.shape[-ndim:])
 
 
-def clip(grads, *, clip_value=None, clip_norm=None):
-    """The gradients of one step, limited element by element, or all together by their joint norm."""
-    grads = [np.asarray(g, np.float64) for g in grads]
-    if clip_value is not None:
-        grads = [np.clip(g, -clip_value, clip_value) for g in grads]
-    if clip_norm is not None:
-        norm = np.sqrt(sum((g**2).sum() for g in grads))
-        grads = [g * min(1.0, clip_norm / norm) for g in grads]
-    return grads
+def layer_norm(x, gamma=None, beta=None, *, ndim=1, eps=1e-5, centred=True):
+    """y, mean and rstd of each row, the last ndim axes; RMS norm where not centred."""
+    x, axes, n = _rows(x, ndim)
+    mean = x.sum(axes, keepdims=True) / n * centred
+    mean += (x - mean).sum(axes, keepdims=True) / n * centred  # what the first rounding left
+    rstd = 1 / np.sqrt(((x - mean) ** 2).sum(axes, keepdims=True) / n + eps)
+    gamma, beta = (d if v is None else np.asarray(v, np.float64) for v, d in ((gamma, 1.0), (beta, 0.0)))
+    return (x - mean) * rstd * gamma + beta, mean.squeeze(axes), rstd.squeeze(axes)
 
 
-def sgd(
-    p,
-    grads: Sequence,
-    lr: Schedule = 1e-3,
-    *,
-    momentum: Schedule = 0.0,
-    dampening=0.0,
-    weight_decay: Schedule = 0.0,
-    nesterov=False,
-    lr_inside=False,
-    maximize=False,
-):
-    """The weights after each step; a gradient of None is a skipped step: schedules go on, the state does not.
-
-    velocity = momentum * velocity + (1 - dampening) * g, at first g;  p -= lr * velocity.
-    """
-    p, velocity, path = np.asarray(p, np.float64), None, []
-    for call, g in enumerate(grads):
-        if g is not None:
-            rate, mu = _at(lr, call), _at(momentum, call)
-            g = np.asarray(g, np.float64) * (-1 if maximize else 1) + _at(weight_decay, call) * p
-            scaled = g * (rate if lr_inside else 1)
-            velocity = scaled if velocity is None else mu * velocity + (1 - dampening) * scaled
-            step = scaled + mu * velocity if nesterov else velocity if mu else scaled
-            p = p - step * (1 if lr_inside else rate)
-        path.append(p)
-    return path
+def layer_norm_backward(dy, x, gamma=None, *, ndim=1, eps=1e-5, centred=True):
+    """dx, dgamma, dbeta."""
+    dy, axes, n = _rows(dy, ndim)
+    xhat, _, rstd = layer_norm(x, ndim=ndim, eps=eps, centred=centred)
+    g = dy * (1.0 if gamma is None else np.asarray(gamma, np.float64))
+    c1 = g.sum(axes, keepdims=True) / n * centred
+    c2 = (g * xhat).sum(axes, keepdims=True) / n
+    before = tuple(range(dy.ndim - ndim))
+    return np.expand_dims(rstd, axes) * (g - c1 - xhat * c2), (dy * xhat).sum(before), dy.sum(before)
 
 
-def adam(
-    p,
-    grads: Sequence,
-    lr: Schedule = 1e-3,
-    *,
-    betas: tuple[Schedule, float] = (0.9, 0.999),
-    eps=1e-8,
-    weight_decay: Schedule = 0.0,
-    amsgrad: bool | str = False,
-    decay="l2",
-    maximize=False,
-    eps_hat=False,
-    bias_correction=True,
-):
-    """The weights after each step; a gradient of None is a skipped step.
-
-    decay: "l2" (in the gradient), "lr" (decoupled, times lr), "independent" (decoupled, not times lr).
-    amsgrad: True takes the maximum of the raw v. Forms that kilter does not offer: amsgrad="corrected", the
-    maximum of the corrected v (optax); eps_hat, eps outside the uncorrected root (Keras); no bias_correction.
-    """
-    p = np.asarray(p, np.float64)
-    m, v, vmax, path = np.zeros_like(p), np.zeros_like(p), np.zeros_like(p), []
-    beta2, product1, t = betas[1], 1.0, 0
-    for call, g in enumerate(grads):
-        if g is not None:
-            t += 1
-            rate, wd, beta1 = _at(lr, call), _at(weight_decay, call), _at(betas[0], call)
-            product1 *= beta1
-            bias1, bias2 = (1 - product1, 1 - beta2**t) if bias_correction else (1.0, 1.0)
-            g = np.asarray(g, np.float64) * (-1 if maximize else 1)
-            g = g + wd * p if decay == "l2" else g
-            p = p * {"l2": 1.0, "lr": 1 - rate * wd, "independent": 1 - wd}[decay]
-            m = beta1 * m + (1 - beta1) * g
-            v = beta2 * v + (1 - beta2) * g**2
-            vmax = np.maximum(vmax, v / bias2 if amsgrad == "corrected" else v)
-            second = vmax if amsgrad else v
-            root = np.sqrt(second if amsgrad == "corrected" or eps_hat else second / bias2)
-            size = rate / bias1 * (np.sqrt(bias2) if eps_hat else 1)
-            p = p - size * m / (root + eps)
-        path.append(p)
-    return path
+# --------------------------------------------------------------------------- group norm
 
 
-def lion(p, grads: Sequence, lr: Schedule = 1e-4, *, betas=(0.9, 0.99)):
-    p, m, path = np.asarray(p, np.float64), 0.0, []
-    for call, g in enumerate(grads):
-        p = p - _at(lr, call) * np.sign(betas[0] * m + (1 - betas[0]) * g)
-        m = betas[1] * m + (1 - betas[1]) * g
-        path.append(p)
-    return path
+def grouped(x, groups, axis=1):
+    """x in float64 as one row per group of adjacent channels of each sample, and the way back."""
+    first = np.moveaxis(np.asarray(x, np.float64), axis, 1)
+    rows = first.reshape(len(first), groups, -1)
+    return rows, lambda rows: np.moveaxis(rows.reshape(first.shape), 1, axis)
 
 
-def adagrad(p, grads: Sequence, lr: Schedule = 1e-2, *, start=0.0, eps=1e-10, inside=False, lagged=False):
-    """inside: eps under the root (Keras, optax); lagged: squares up to t - 1 only, the textbook's form."""
-    p, total, path = np.asarray(p, np.float64), start, []
-    for call, g in enumerate(grads):
-        now = total + g**2
-        r = total if lagged else now
-        p = p - _at(lr, call) * g / (np.sqrt(r + eps) if inside else np.sqrt(r) + eps)
-        total = now
-        path.append(p)
-    return path
+def group_norm(x, groups, gamma=None, beta=None, *, axis=1, eps=1e-5):
+    """y, mean and biased variance, the last two of shape (N, groups)."""
+    rows, back = grouped(x, groups, axis)
+    mean, var = rows.mean(-1), rows.var(-1)
+    xhat = back((rows - mean[..., None]) / np.sqrt(var[..., None] + eps))
+    return xhat * _channels(gamma, x, axis, 1) + _channels(beta, x, axis, 0), mean, var
+
+
+def group_norm_backward(dy, x, groups, gamma=None, *, axis=1, eps=1e-5):
+    """dx, dgamma, dbeta: dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) with g = dy * gamma, per group."""
+    xhat, _, var = group_norm(x, groups, axis=axis, eps=eps)
+    dy = np.asarray(dy, np.float64)
+    (g, back), (rows, _) = grouped(dy * _channels(gamma, x, axis, 1), groups, axis), grouped(xhat, groups, axis)
+    dx = (g - g.mean(-1, keepdims=True) - rows * (g * rows).mean(-1, keepdims=True)) / np.sqrt(var[..., None] + eps)
+    return back(dx), total(columns(dy * xhat, axis)), total(columns(dy, axis))
 
 
 # --------------------------------------------------------------------------- loss scale

@@ -74,4 +74,5 @@ def test_every_kernel_of_the_sources_is_wanted():
     wanted = assembly.wanted()
     for kernel in ("ema::Ema<f32>", "norm::planes::Train<bf16>", "init::Fill<f64, Normal>", "init::Words"):
         assert kernel in wanted, sorted(wanted)
-    assert sum(kernel.startswith("optim::Step") for kernel in wanted) >= 4 * 5
+    assert sum(kernel.startswith("optim::update::Update") for kernel in wanted) >= 2 * 14
+    assert {"optim::Step<f32>", "stored::Load<f32, bf16>"} <= wanted.keys()

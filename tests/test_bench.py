@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kilter import bench, cli
-from kilter.bench import fills, norms, optim, peers, timing, training
+from kilter.bench import fills, groups, norms, optim, peers, rows, timing, training
 
 BENCHES = Path(__file__).parents[1] / "benches"
 MB = 1 << 20
@@ -20,7 +20,9 @@ def tiny(monkeypatch):
     monkeypatch.setattr(bench, "measure", lambda case: timing.measure(case, seconds=0.0, least=1))
     monkeypatch.setattr(timing, "COPY_BYTES", MB)
     monkeypatch.setattr(norms, "SPECS", [((4, 6, 3, 3), 1, "float32"), ((4, 6), -1, "bfloat16")])
-    monkeypatch.setattr(optim, "SPECS", [("adamw", 3, 5), ("momentum", 1, 40)])
+    monkeypatch.setattr(rows, "SPECS", [("layer", (3, 20), "float32"), ("rms", (3, 20), "bfloat16")])
+    monkeypatch.setattr(groups, "SPECS", [((2, 6, 3, 3), 3, 1, "float32"), ((2, 3, 3, 6), 2, -1, "bfloat16")])
+    monkeypatch.setattr(optim, "SPECS", [optim.Spec("adamw", "3 x 5"), optim.Spec("momentum", "1 x 40")])
     monkeypatch.setattr(fills, "SIZE", 100)
     monkeypatch.setattr(training, "SAMPLES", 50)
     monkeypatch.setattr(training, "BATCHES", (16,))
@@ -78,7 +80,8 @@ def test_short_work_is_repeated_and_goes_round_by_turns():
         ((64, 256, 56, 56), 1, 4, 1, True),  # 0.8 MB for each channel
         ((64, 256, 56, 56), 1, 4, 2, True),
         ((640, 256, 56, 56), 1, 4, 1, False),
-        ((4000, 1000, 7, 7), 1, 4, 1, False),  # walked by 16 channels
+        ((4000, 1000, 8, 9), 1, 4, 1, False),  # walked by 15 channels
+        ((100, 1600, 8, 8), 1, 4, 1, False),  # summed as a matrix
         ((64, 3, 300, 300), 1, 4, 1, False),  # too few channels for the threads
         ((64, 56, 56, 256), -1, 4, 1, False),
         ((8192, 1024), 1, 4, 1, False),
@@ -94,15 +97,25 @@ def test_what_stays_in_cache_is_read_once(monkeypatch, shape, axis, itemsize, in
 
 def test_path_bytes(monkeypatch):
     size = 4 * 6 * 9 * 4
-    for cache, streams in ((32 * MB, (2, 3)), (0, (3, 5))):
+    for cache, streams in ((32 * MB, (2, 2, 3)), (0, (3, 2, 5))):
         monkeypatch.setattr(norms, "_shared_cache", lambda cache=cache: cache)
         spec = ((4, 3, 3, 6), -1, "float32")
-        for what, path, least in zip(("forward", "backward"), streams, (2, 3), strict=True):
+        for what, path, least in zip(("forward", "inference", "backward"), streams, (2, 2, 3), strict=True):
             found = norms.case(spec, what)
             assert (found.path_bytes, found.min_bytes) == (path * size, least * size)
     for rule, streams in (("adamw", 7), ("momentum", 5)):
-        found = optim.case((rule, 3, 50))
+        found = optim.case(optim.Spec(rule, "3 x 50"))
         assert found.path_bytes == found.min_bytes == found.yard_bytes == 4 * 150 * streams
+    for dtype, extra, path, least in (
+        ("float32", "clip", 32, 28),
+        ("float32", "scaler", 32, 28),
+        ("float32", "ema", 44, 40),
+        ("bfloat16", "", 28, 28),
+        ("bfloat16", "scaler", 30, 28),
+        ("bfloat16", "ema", 40, 38),
+    ):
+        found = optim.case(optim.Spec("adamw", "2 x 10", dtype, extra))
+        assert (found.path_bytes, found.min_bytes) == (20 * path, 20 * least)
     assert fills.case("normal", 50).path_bytes == 200
 
 
@@ -132,16 +145,52 @@ def test_peers_do_the_same_batch_norm(peer, shape, axis):
         np.testing.assert_allclose(other, own, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("op", ["layer", "rms"])
+def test_peers_do_the_same_row_norms(peer, op):
+    for what in ("forward", "backward"):
+        found = rows.case((op, (7, 20), "float32"), what, [peer])
+        own, other = found.work()[0], found.peers[peer.name]()
+        other = np.asarray(other[0] if isinstance(other, tuple) else other)
+        np.testing.assert_allclose(other, own, rtol=1e-4, atol=1e-5)
+        assert found.path_bytes == found.min_bytes == 7 * 20 * 4 * (2 if what == "forward" else 3)
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((5, 6, 3, 4), 1), ((5, 3, 4, 6), -1)], ids=str)
+def test_peers_do_the_same_group_norm(peer, shape, axis):
+    for what in ("forward", "backward"):
+        found = groups.case((shape, 2, axis, "float32"), what, [peer])
+        own, other = found.work()[0], found.peers[peer.name]()
+        other = np.asarray(other[0] if isinstance(other, tuple) else other)
+        if peer.name == "torch" and axis == -1:
+            other = np.moveaxis(other, 1, -1)
+        np.testing.assert_allclose(other.reshape(shape), own, rtol=1e-4, atol=1e-5)
+        assert found.path_bytes == found.min_bytes == 360 * 4 * (2 if what == "forward" else 3)
+
+
 @pytest.mark.parametrize("rule", ["adamw", "momentum"])
 def test_numpy_takes_the_same_steps(rule):
     p, g = np.linspace(-1, 1, 9), np.linspace(2, -1, 9)
     ours = p.copy()
-    kinds = {"adamw": optim.AdamW, "momentum": lambda params: optim.SGD(params, momentum=0.9)}
-    optimizer, m, v = kinds[rule]([ours]), np.zeros(9), np.zeros(9)
+    optimizer, m, v = optim.RULES[rule].make([ours]), np.zeros(9), np.zeros(9)
     for t in range(1, 4):
         optimizer.step([g])
         p, m, v = peers.step(np, rule, p, g, m, v, t)
     np.testing.assert_allclose(p, ours, rtol=1e-12)
+
+
+@pytest.mark.parametrize("rule", optim.RULES)
+def test_every_step_runs(rule):
+    for extra in ("", "clip", "scaler", "ema"):
+        for dtype in ("float32", "bfloat16"):
+            found = optim.case(optim.Spec(rule, "2 x 30", dtype, extra), FOUND)
+            for work in (found.work, found.yard, *found.peers.values()):
+                work()
+
+
+def test_the_tensors_of_resnet_50():
+    sizes = optim.sizes_of("ResNet-50")
+    assert (len(sizes), sum(sizes)) == (161, 25_557_032)
+    assert optim.sizes_of("10,000 x 64") == [64] * 10_000
 
 
 @pytest.mark.parametrize("kind", ["normal", "uniform"])
@@ -156,7 +205,7 @@ def test_every_part_runs_and_is_written_as_json(tiny, tmp_path, capsys):
     assert cli.main(["bench", "--json", str(file)]) == 0
     found = json.loads(file.read_text())
     assert {part: len(rows) for part, rows in found.items()} == {
-        "norms": 6,
+        "norms": 20,
         "optim": 2,
         "init": 2,
         "train": 1,
@@ -169,7 +218,7 @@ def test_every_part_runs_and_is_written_as_json(tiny, tmp_path, capsys):
             assert row["yardstick"] > 0
             assert row["share"] == pytest.approx(row["path_bytes"] / row["ms"] / 1e6 / row["yardstick"])
     assert "numpy" in found["norms"][0]["peers"]
-    assert "numpy" not in found["norms"][3]["peers"]  # it has no bfloat16
+    assert "numpy" not in found["norms"][4]["peers"]  # it has no bfloat16
     (row,) = found["train"]
     assert row["batch"] == 16
     assert sum(row["parts"].values()) == pytest.approx(row["seconds"])

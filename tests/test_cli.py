@@ -62,6 +62,12 @@ def test_two_runs_get_two_folders(tmp_path):
     assert all(name.startswith("digits-mlp-none-") for name in folders)
 
 
+@pytest.mark.parametrize(("norm", "words"), [("layer", "layer norm"), ("rms", "RMS norm")])
+def test_norms_of_rows_train(tmp_path, norm, words):
+    done = kilter(*FAST, "--norm", norm, cwd=tmp_path)
+    assert done.returncode == 0 and words in done.stdout
+
+
 def test_every_option_arrives(tmp_path):
     options = {
         "data": "digits",
@@ -116,7 +122,7 @@ def test_train_on_a_file(tmp_path):
     ("options", "words"),
     [
         (["--epochs", "many"], ["--epochs", "many", "kilter train --help"]),
-        (["--norm", "layer"], ["--norm", "layer", "batch"]),
+        (["--norm", "weight"], ["--norm", "weight", "batch"]),
         (["--colour", "red"], ["--colour"]),
         (["--hidden", "10,x"], ["--hidden", "sizes such as 256,128", "10,x"]),
         (["--hidden", "0"], ["--hidden"]),

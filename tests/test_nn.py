@@ -73,6 +73,12 @@ LAYERS = {
     "batch norm, relu": (relu_batch_norm, (5, 3)),
     "batch norm, eval": (lambda: nn.BatchNorm(3, dtype=F64).eval(), (5, 3)),
     "batch norm, relu, eval": (lambda: relu_batch_norm().eval(), (5, 3)),
+    "layer norm": (lambda: nn.LayerNorm(4, dtype=F64), (5, 4)),
+    "layer norm of images": (lambda: nn.LayerNorm((3, 2, 2), dtype=F64), (2, 3, 2, 2)),
+    "layer norm, no affine": (lambda: nn.LayerNorm(4, affine=False, dtype=F64), (5, 4)),
+    "layer norm, eval": (lambda: nn.LayerNorm(4, dtype=F64).eval(), (5, 4)),
+    "RMS norm": (lambda: nn.RMSNorm(4, dtype=F64), (2, 3, 4)),
+    "RMS norm, no affine": (lambda: nn.RMSNorm(4, affine=False, dtype=F64), (5, 4)),
     "relu": (nn.ReLU, (5, 3)),
     "dropout": (lambda: nn.Dropout(0.4, seed=3), (5, 3)),
     "dropout, eval": (lambda: nn.Dropout(0.4, seed=3).eval(), (5, 3)),
@@ -91,7 +97,7 @@ def test_gradients_of_each_layer(name, reuse):
     check_gradients(make().reuse_buffers(reuse), away_from_kinks(*shape))
 
 
-@pytest.mark.parametrize("norm", ["batch", "none"])
+@pytest.mark.parametrize("norm", ["batch", "layer", "group", "rms", "none"])
 def test_the_whole_model_against_finite_differences(norm):
     model = nn.mlp(6, 4, hidden=(8, 5), norm=norm, seed=3, dtype=F64)
     x, y = randn(7, 2, 3), np.array([0, 3, 1, 2, 2, 0, 1])
@@ -102,7 +108,7 @@ def test_the_whole_model_against_finite_differences(norm):
     _, dlogits = nn.softmax_cross_entropy(model(x), y, label_smoothing=0.1)
     dx = model.backward(dlogits)
     grads = {name: g.copy() for name, g in model.grads().items()}
-    assert len(grads) == (8 if norm == "batch" else 6)
+    assert len(grads) == {"batch": 8, "layer": 10, "group": 10, "rms": 8, "none": 6}[norm]
     for name, p in model.params().items():
         np.testing.assert_allclose(grads[name], central(f, p, 1e-5), rtol=1e-6, atol=1e-8, err_msg=name)
     np.testing.assert_allclose(dx, central(f, x, 1e-5), rtol=1e-6, atol=1e-8)
@@ -430,7 +436,7 @@ BAD = {
         lambda: nn.Sequential(nn.Linear(2, 2, seed=0), nn.ReLU(), nn.Linear(2, 2, seed=0)),
         "layers: 2 has the same seed and stream as 0",
     ),
-    "norm": (lambda: nn.mlp(4, 2, norm="layer"), "norm: expected 'batch' or 'none'"),
+    "norm": (lambda: nn.mlp(4, 2, norm="weight"), "norm: expected 'batch' or 'layer' or 'group' or 'rms' or 'none'"),
 }
 
 

@@ -75,6 +75,14 @@ def test_16_bit_sums_do_not_overflow(dtype):
     assert relative_error(cache.moments.mean, mean) < 1e-6
 
 
+def test_a_sum_past_float32_is_infinite_without_a_warning():
+    x = np.full((4, 2), 3e38, FLOAT32) * np.array([1, 0], FLOAT32)
+    running = RunningStats(2)
+    _, cache = batch_norm(x, np.ones(2, FLOAT32), running=running, training=False)
+    grads = batch_norm_backward(np.full((4, 2), 100, FLOAT32), cache)
+    assert np.isinf(grads.dgamma[0]) and grads.dgamma[1] == 0 and np.isfinite(grads.dx).all()
+
+
 # --------------------------------------------------------------------------- in place
 
 

@@ -6,8 +6,8 @@ import pytest
 import reference
 from kilter import KilterError
 from kilter.optim import SGD, Adam, AdamW, LossScaler, decay_groups
+from optimizers import KINDS, RULES, Newton, kinds, rules
 from support import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, copied, plain, refused, same_bits
-from test_optim import RULES, rules
 
 # --------------------------------------------------------------------------- state
 
@@ -295,7 +295,7 @@ SHARED = np.ones(8)
     ],
 )
 def test_parameters_are_checked(bad):
-    for kind in (SGD, Adam, AdamW):
+    for kind in KINDS.values():
         with refused("second"):
             kind({"first": np.ones(2), "second": bad})
 
@@ -329,7 +329,7 @@ def test_params_must_be_a_list_a_dict_or_groups(params):
     ],
     ids=["missing", "extra", "shape", "ndim", "int", "complex", "list", "none", "structure", "nothing"],
 )
-@pytest.mark.parametrize("kind", [SGD, Adam, AdamW])
+@kinds
 def test_gradients_are_checked(kind, name, grads):
     ps, opt = stepped(kind)
     with refused(rf"\b{name}\b", ps, opt):
@@ -344,7 +344,7 @@ def test_number_of_gradients_in_a_list():
             opt.step([np.ones(2)] * count)
 
 
-@pytest.mark.parametrize("kind", [SGD, Adam, AdamW])
+@kinds
 def test_a_gradient_may_not_overlap_a_parameter(kind):
     memory = np.ones(8)
     opt = kind({"w": memory[:4], "b": np.ones(4)})
@@ -356,8 +356,8 @@ def test_a_gradient_may_not_overlap_a_parameter(kind):
 @pytest.mark.parametrize(
     ("kind", "name", "value"),
     [
-        *((kind, "lr", v) for kind in (SGD, Adam, AdamW) for v in (float("nan"), -0.1, float("inf"), "0.1", None)),
-        *((kind, "weight_decay", v) for kind in (SGD, Adam, AdamW) for v in (float("nan"), -0.1)),
+        *((kind, "lr", v) for kind in KINDS.values() for v in (float("nan"), -0.1, float("inf"), "0.1", None)),
+        *((kind, "weight_decay", v) for kind in KINDS.values() if kind is not Newton for v in (float("nan"), -0.1)),
         *((SGD, "momentum", v) for v in (float("nan"), -0.1, "x")),
         (SGD, "dampening", float("nan")),
         *((kind, "betas", v) for kind in (Adam, AdamW) for v in ((0.9, 1.0), (1.0, 0.9), (-0.1, 0.9), 0.9, (0.9,))),

@@ -49,6 +49,48 @@ def test_batch_norm_gradients_are_central_differences(rng, relu, axis, weights):
         np.testing.assert_allclose(grad, differences(loss, array), atol=1e-7)
 
 
+def test_v6_groups():
+    x = np.array([[2.0, 4.0, 6.0, 8.0]])
+    np.testing.assert_allclose(reference.group_norm(x, 2)[0][0], [-0.999995000038, 0.999995000038] * 2, atol=1e-12)
+    whole = [-1.341639444861, -0.447213148287, 0.447213148287, 1.341639444861]
+    np.testing.assert_allclose(reference.group_norm(x, 1)[0][0], whole, atol=1e-12)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("axis", [1, -1])
+def test_group_norm_gradients_are_central_differences(rng, axis, groups):
+    x, dy = rng.normal(size=(2, 3, 4, 2, 4))
+    gamma, beta = rng.normal(size=(2, 4))
+    grads = reference.group_norm_backward(dy, x, groups, gamma, axis=axis)
+
+    def loss():
+        return (reference.group_norm(x, groups, gamma, beta, axis=axis)[0] * dy).sum()
+
+    for array, grad in zip((x, gamma, beta), grads, strict=True):
+        np.testing.assert_allclose(grad, differences(loss, array), atol=1e-7)
+
+
+def test_v6_layer_norm():
+    x = np.array([[2.0, 4.0, 6.0, 8.0]])
+    want = [-1.341639444861, -0.447213148287, 0.447213148287, 1.341639444861]
+    np.testing.assert_allclose(reference.layer_norm(x)[0][0], want, atol=1e-12)
+    np.testing.assert_allclose(reference.layer_norm(x, eps=0, centred=False)[0], x / np.sqrt(30), rtol=1e-15)
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("ndim", [1, 2])
+def test_layer_norm_gradients_are_central_differences(rng, ndim, centred):
+    x, dy = rng.normal(size=(2, 3, 2, 4))
+    gamma, beta = rng.normal(size=(2, *x.shape[-ndim:]))
+    grads = reference.layer_norm_backward(dy, x, gamma, ndim=ndim, centred=centred)
+
+    def loss():
+        return (reference.layer_norm(x, gamma, beta, ndim=ndim, centred=centred)[0] * dy).sum()
+
+    for array, grad in zip((x, gamma, beta), grads, strict=True):
+        np.testing.assert_allclose(grad, differences(loss, array), atol=1e-7)
+
+
 def differences(loss, array, h=1e-6):
     """Central differences of loss() in every element of array, which loss reads."""
     grad = np.zeros_like(array)
@@ -82,64 +124,6 @@ def test_v8_merge():
         np.testing.assert_allclose([count[0], mean[0], m2[0] / 6, m2[0] / 5], [6, 13 / 3, 80 / 9, 32 / 3])
     count, mean, m2 = reference.merge(*(reference.moments(np.array(v).reshape(-1, 1)) for v in ([1, 2, 3], [10])))
     np.testing.assert_allclose([mean[0], m2[0] / 4], [4, 12.5])
-
-
-G = [0.5, -0.25, 1.0]
-HALVED = [0.1, 0.05, 0.025].__getitem__
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({"momentum": 0.9}, [0.95, 0.93, 0.812]),
-        ({"momentum": 0.9, "lr_inside": True}, [0.95, 0.93, 0.812]),
-        ({"momentum": 0.9, "lr": HALVED}, [0.95, 0.94, 0.9105]),
-        ({"momentum": 0.9, "lr": HALVED, "lr_inside": True}, [0.95, 0.9175, 0.86325]),
-        ({"momentum": 0.9, "nesterov": True}, [0.905, 0.912, 0.7058]),
-        ({"momentum": 0.9, "dampening": 0.9}, [0.95, 0.9075, 0.85925]),
-        ({"momentum": 0.9, "weight_decay": 0.1}, [0.94, 0.9016, 0.758024]),
-    ],
-)
-def test_v9_sgd(options, expected):
-    np.testing.assert_allclose(reference.sgd(1.0, G, **{"lr": 0.1, **options}), expected, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({}, [0.900000002000, 0.873366298708, 0.807555139677]),
-        ({"eps_hat": True, "eps": 1e-7}, [0.900000632452, 0.873367079208, 0.807556100877]),
-        ({"eps": 1e-3}, [0.900199600798, 0.873633115404, 0.807921273950]),
-        ({"eps_hat": True, "eps": 1e-3}, [0.905948348715, 0.880741149959, 0.816698124149]),
-        ({"bias_correction": False}, [0.683772433983, 0.570590131039, 0.244809490369]),
-        ({"weight_decay": 0.1}, [0.900000001667, 0.854441367462, 0.781504399863]),
-        ({"weight_decay": 0.1, "decay": "lr"}, [0.890000002000, 0.854466298688, 0.780110476670]),
-        ({"weight_decay": 0.1, "decay": "independent"}, [0.800000002000, 0.693366298508, 0.558218509626]),
-        ({"amsgrad": True}, [0.900000002000, 0.873366298708, 0.807555139677]),
-        ({"amsgrad": "corrected"}, [0.900000002000, 0.878947370842, 0.813136211811]),
-    ],
-)
-def test_v10_adam(options, expected):
-    np.testing.assert_allclose(reference.adam(1.0, G, 0.1, **options), expected, atol=1e-12)
-
-
-def test_v10_other_rules():
-    np.testing.assert_allclose(reference.lion(1.0, G, 0.1), [0.9, 1.0, 0.9], atol=1e-12)
-    rows = {
-        (0.900000000020, 0.944721359562, 0.857434203475): {},
-        (0.915484586601, 0.954409529091, 0.870268899687): {"start": 0.1, "eps": 1e-7, "inside": True},
-    }
-    for expected, options in rows.items():
-        np.testing.assert_allclose(reference.adagrad(1.0, G, 0.1, **options), expected, atol=1e-12)
-    literal = reference.adagrad(1.0, G, 0.1, eps=1e-8, lagged=True)
-    np.testing.assert_allclose(literal, [-4999999.0, -4999998.95, -4999999.128885436], rtol=1e-15)
-
-
-def test_skipped_steps_advance_schedules_only():
-    lrs = [0.1, 0.2, 0.3, 0.4].__getitem__
-    kept = [0.1, 0.2, 0.4].__getitem__
-    for rule in (reference.sgd, reference.adam):
-        assert rule(1.0, [0.5, 1.0, None, -2.0], lrs)[-1] == rule(1.0, [0.5, 1.0, -2.0], kept)[-1]
 
 
 def test_v18_loss_scale():

@@ -261,6 +261,50 @@ def test_a_callable_of_scalars_can_be_wrapped(wrap):
     assert curve(19) == pytest.approx(math.exp(-(17 if isinstance(curve, schedule.warmup) else 19)))
 
 
+# ---- traps
+
+
+def test_a_step_of_the_text_is_not_a_step_of_the_formula():
+    """Decay every few iterations and decay at every iteration share their numbers only at the first."""
+    every, each = schedule.step(0.1, 10, 0.5), schedule.exponential(0.1, 0.5)
+    assert every(0) == each(0)
+    np.testing.assert_allclose(every(10 * np.arange(5)), each(np.arange(5)), rtol=1e-15)
+    assert (every(np.arange(1, 10)) == 0.1).all()
+
+
+def test_warmup_rises():
+    values = schedule.warmup(schedule.cosine(1.0, 50), 10)(np.arange(60))
+    assert (np.diff(values[:11]) > 0).all()
+    assert (np.diff(values[10:]) < 0).all()
+
+
+def test_the_unit_of_the_step_is_the_callers():
+    """A schedule meant for epochs but called for each batch is over after as many batches."""
+    epochs, batches = 50, 7
+    per_epoch, per_batch = schedule.linear(0.9, 0.1, epochs), schedule.linear(0.9, 0.1, epochs * batches)
+    steps = np.arange(epochs * batches)
+    np.testing.assert_allclose(per_epoch(steps / batches), per_batch(steps), rtol=1e-14)
+    assert per_epoch(epochs) == 0.1
+    assert per_batch(epochs) > 0.78
+
+
+@pytest.mark.parametrize("three_phase", [False, True])
+def test_one_cycle_moves_momentum_against_the_learning_rate(three_phase):
+    cycle = schedule.one_cycle(0.5, 100, three_phase=three_phase)
+    lr, momentum = cycle.lr(np.arange(100)), cycle.momentum(np.arange(100))
+    assert lr.argmax() == momentum.argmin() == 29
+    assert (np.diff(lr) * np.diff(momentum) <= 0).all()
+    np.testing.assert_allclose((lr[:30] - 0.02) / 0.48, (0.95 - momentum[:30]) / 0.1, rtol=0, atol=1e-12)
+
+
+def test_scaling_and_warmup_are_two_things():
+    curve = schedule.warmup(schedule.cosine(schedule.scale_lr(0.1, 1024, 256), 100), 10)
+    assert (curve(0), curve(10), curve(110)) == (0.0, 0.4, 0.0)
+
+
+# ---- what all have in common
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_scalars_give_floats_and_arrays_give_arrays_of_their_shape(name):
     curve = ALL[name]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import reference
-from kilter import KilterError
+from kilter import KilterError, schedule
 from kilter.norm import batch_norm
 from kilter.stats import RunningStats, merge, moments
 from support import DTYPES, FLOAT32, FLOAT64, copied, plain, refused, relative_error, same_bits
@@ -72,6 +72,15 @@ def test_merge_of_far_means(rng):
     assert_moments(merge(*parts), reference.merge(*parts))
 
 
+def test_parts_without_values_change_nothing():
+    """Not even where the other part's mean or its square is past the largest number."""
+    none = moments(np.empty((0, 4)))
+    for part in (moments(np.array([[1e200, np.inf, np.nan, 3.0], [1e200, 1.0, 2.0, 4.0]])), none):
+        for parts in ((part, none), (none, part), (none, none, part, none)):
+            for got, want in zip(merge(*parts), part, strict=True):
+                assert same_bits(got, want)
+
+
 def test_v8_ranks_with_unequal_and_zero_counts():
     parts = [moments(column(*values)) for values in ((1, 3), (2, 4, 6), (10,))]
     for ranks in (parts, [*parts, moments(np.empty((0, 1)))], [moments(np.empty((0, 1))), *parts]):
@@ -94,6 +103,9 @@ def test_v5_population_with_unequal_batches():
 BATCHES = [column(m - 1, m + 1) for m in (5, 6, 7)]  # biased variance 1, unbiased 2
 
 
+BOTH = ((quiet, 0.9), (RunningStats, 0.1))
+
+
 def means_and_variance(running):
     path = []
     for x in BATCHES:
@@ -113,6 +125,58 @@ def test_v3_v4(momentum, means, var):
         got, last = means_and_variance(running)
         np.testing.assert_allclose(got, means, atol=1e-12)
         np.testing.assert_allclose(last, expected, atol=1e-12)
+
+
+def test_v3_weights_decay_geometrically():
+    """What is left of each batch, newest first: a (1 - a)^k."""
+    running = quiet(3, momentum=0.9, dtype="float64")
+    for batch in np.eye(3)[::-1]:  # the newest batch moves feature 0
+        running.update(batch, np.ones(3), 2)
+    np.testing.assert_allclose(running.mean, [0.9, 0.09, 0.009], rtol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("momentum", "steps", "expected"),
+    [
+        (schedule.linear(0.9, 0.1, 50), (0, 10, 25, 49, 50, 60), (0.9, 0.74, 0.5, 0.116, 0.1, 0.1)),
+        (lambda step: max(0.9 - step / 50, 0.1), (0, 1, 10, 25, 39, 40, 49), (0.9, 0.88, 0.7, 0.4, 0.12, 0.1, 0.1)),
+        (schedule.exponential(0.9, 0.95), (0, 1, 5, 10, 20), (0.9, 0.855, 0.6964028437, 0.5388632453, 0.3226373302)),
+    ],
+    ids=["linear", "program", "exponential"],
+)
+def test_v7_scheduled_momentum(momentum, steps, expected):
+    """The clock is the number of updates, which are batches; a fall of momentum lengthens the average."""
+    running, want = RunningStats(1, momentum=momentum, dtype="float64"), 0.0
+    for step in range(max(steps) + 1):
+        if step in steps:
+            assert running.weight(2) == pytest.approx(expected[steps.index(step)], abs=5e-11)
+        want = (1 - momentum(step)) * want + momentum(step) * step
+        running.update(np.array([float(step)]), np.ones(1), 2)
+        np.testing.assert_allclose(running.mean, want, rtol=1e-13)
+
+
+@pytest.mark.parametrize(("momentum", "noise"), [(0.9, 0.22613), (0.1, 0.05735)])
+def test_v19_noise_of_the_running_mean(rng, momentum, noise):
+    """sqrt(a / (2 - a)) sigma / sqrt(batch) once the start is forgotten: the spread over 40,000 runs."""
+    running = (quiet if momentum == 0.9 else RunningStats)(40_000, momentum=momentum)
+    for _ in range(60):
+        running.update(rng.normal(0, 1 / np.sqrt(16), 40_000).astype(FLOAT32), np.ones(40_000, FLOAT32), 16)
+    assert running.mean.std() == pytest.approx(noise, rel=0.02)
+    assert np.sqrt(momentum / (2 - momentum)) / 4 == pytest.approx(noise, abs=2e-5)
+
+
+def test_v5_three_modes_for_inference():
+    """{1, 2, 3} and {10}: the population, the average weighted by count, and the moving average."""
+    batches = [column(1, 2, 3), column(10)]
+    parts = [moments(x) for x in batches]
+    _, mean, m2 = merge(*parts)
+    cumulative, moving = (RunningStats(1, momentum=m, unbiased=False, dtype="float64") for m in (None, 0.5))
+    for count, batch_mean, batch_m2 in parts:
+        for running in (cumulative, moving):
+            running.update(batch_mean, batch_m2 / count, count)
+    np.testing.assert_allclose([mean[0], m2[0] / 4], [4, 12.5], rtol=1e-14)
+    np.testing.assert_allclose([cumulative.mean[0], cumulative.var[0]], [4, 0.5], rtol=1e-14)
+    np.testing.assert_allclose([moving.mean[0], moving.var[0]], [5.5, (1 / 2 + 1 / 3) / 2], rtol=1e-14)
 
 
 def test_v4_cumulative_against_pooled():
@@ -157,10 +221,14 @@ def test_schedule_sees_the_steps_and_acts_on_batch_norm():
     np.testing.assert_allclose(means, [0.5, 1.05, 4.025], rtol=1e-14)
 
 
-def test_same_number_opposite_convention_warns():
-    for momentum in (0.9, 0.99):
-        quiet(1, momentum=momentum)
+def test_same_number_opposite_convention():
+    """0.9 for the old value is 0.1 here: the warning says so, and the two differ by far."""
+    for given, meant in ((0.9, "momentum=0.1"), (0.99, "momentum=0.01")):
+        with pytest.warns(UserWarning, match=meant):
+            RunningStats(1, momentum=given)
     RunningStats(1, momentum=0.5)  # warnings are errors here
+    ends = [means_and_variance(make(1, momentum=m, dtype="float64"))[0][-1] for make, m in BOTH]
+    np.testing.assert_allclose(ends, [6.885, 1.645], atol=1e-12)
 
 
 def test_start_reset_and_writable_arrays():
@@ -263,6 +331,7 @@ def test_construction_is_checked(name, args, options):
         ("n", (np.ones(3), np.ones(3), -1)),
         ("n", (np.ones(3), np.ones(3), float("nan"))),
         ("n", (np.ones(3), np.ones(3), 1)),  # n/(n-1) has no value
+        ("n", (np.ones(3), np.ones(3), float("inf"))),
     ],
 )
 def test_update_is_checked(name, args):

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-THREADS = ("1", "2", "3", "7")
+THREADS = ("1", "2", "3", "7", "16")
 LEVELS = ("baseline", "avx2", "avx512")  # one that the machine lacks falls to the next lower
 SHAPES = [  # all past 4 MiB in float32, so that work is split along every axis
     (9000, 130),
@@ -66,8 +66,57 @@ def norms():
         yield f"{name} evaluation", bits(plain)
 
 
+GROUPED = [  # (N, C, *spatial), groups: split by samples and by groups, inside a group, and not at all
+    ((8, 32, 65, 67), 8),
+    ((3, 64, 90, 91), 64),
+    ((150, 96, 7, 7), 12),
+    ((3000, 300), 30),
+    ((1, 6, 800, 803), 3),
+]
+
+
+def groups():
+    from kilter.norm import group_norm, group_norm_backward
+
+    rng = np.random.default_rng(4)
+    for ((shape, parts), dtype), axis in itertools.product(itertools.product(GROUPED, DTYPES), (1, -1)):
+        if np.dtype(dtype).itemsize == 8 and (shape, parts) not in GROUPED[::4]:
+            continue
+        x, dy = (rng.standard_normal(shape, np.float32).astype(dtype) for _ in range(2))
+        x.flat[7] = 1e4
+        if axis == -1:
+            x, dy = (np.ascontiguousarray(np.moveaxis(a, 1, -1)) for a in (x, dy))
+        gamma, beta = rng.standard_normal((2, shape[1])).astype("float64" if dtype == "float64" else "float32")
+        y, cache = group_norm(x, parts, gamma, beta, axis=axis)
+        name = f"group norm {shape} {parts} {np.dtype(dtype).name} {axis}"
+        yield f"{name} forward", bits(y, cache.moments.mean, cache.moments.m2)
+        yield f"{name} backward", bits(*group_norm_backward(dy, cache))
+
+
+ROWS = [(30_001, 64), (3000, 1027), (45, 65_540), (2, 1_500_000)]
+
+
+def rows():
+    from kilter.norm import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
+
+    rng = np.random.default_rng(5)
+    for shape, dtype in itertools.product(ROWS, DTYPES):
+        if np.dtype(dtype).itemsize == 8 and shape not in ROWS[::3]:
+            continue
+        x, r, dy = (rng.standard_normal(shape, np.float32).astype(dtype) for _ in range(3))
+        x.flat[7] = 1e4
+        gamma, beta = rng.standard_normal((2, shape[1])).astype("float64" if dtype == "float64" else "float32")
+        name = f"{shape} {np.dtype(dtype).name}"
+        y, cache = layer_norm(x, gamma, beta, residual=r)
+        yield f"layer norm {name} forward", bits(y, cache.x, cache.hi, cache.lo, cache.rstd)
+        yield f"layer norm {name} backward", bits(*layer_norm_backward(dy, cache, dsum=r))
+        y, cache = rms_norm(x, gamma)
+        yield f"RMS norm {name} forward", bits(y, cache.rstd)
+        yield f"RMS norm {name} backward", bits(*rms_norm_backward(dy, cache))
+
+
 def steps():
-    from kilter.optim import SGD, Adam, AdamW
+    from kilter.optim import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, DiagonalNewton, Lion, NAdam, RMSprop
 
     rng = np.random.default_rng(2)
     rules = [
@@ -78,14 +127,28 @@ def steps():
         (Adam, {"weight_decay": 0.1, "clip_norm": 1.0, "skip_nonfinite": True}),
         (AdamW, {}),
         (AdamW, {"decay": "independent"}),
+        (AdamW, {"state_dtype": "bfloat16"}),
+        (Adagrad, {}),
+        (RMSprop, {"centered": True, "momentum": 0.9}),
+        (RMSprop, {"window": 3}),
+        (RMSprop, {"window": 3, "momentum": 0.9, "state_dtype": "bfloat16"}),
+        (Adadelta, {}),
+        (Adadelta, {"window": 3}),
+        (Adamax, {}),
+        (NAdam, {"track_norm": True}),
+        (Lion, {}),
+        (DiagonalNewton, {"clip": 0.1}),
     ]
     for (kind, options), dtype in itertools.product(rules, DTYPES):
         sizes = (0, 7, 1_000_003, 1, 65_537)
         ps = [rng.standard_normal(n, np.float32).astype(dtype) for n in sizes]
         gs = [rng.standard_normal(n, np.float32).astype(dtype) for n in sizes]
+        if dtype == "float64" and "state_dtype" in options:
+            continue
         opt = kind(ps, 0.01, **options)
-        for _ in range(20):
-            report = opt.step(gs)
+        more = (gs,) if kind is DiagonalNewton else ()
+        for _ in range(20 if kind in (SGD, Adam) else 5):
+            report = opt.step(gs, *more)
         state = [v for v in opt.state_dict().values() if isinstance(v, np.ndarray)]
         norm = [np.float64(report.grad_norm)] if options.get("track_norm") else []
         yield f"{kind.__name__} {options} {np.dtype(dtype).name}", bits(*ps, *state, *norm)
@@ -148,5 +211,5 @@ def test_unknown_settings_are_refused_at_import(name, value):
 
 
 if __name__ == "__main__":
-    for item, digest in itertools.chain(norms(), steps(), fills()):
+    for item, digest in itertools.chain(norms(), groups(), rows(), steps(), fills()):
         print(item, digest, sep="\t")

@@ -1,7 +1,7 @@
 """kilter: normalisation, optimizers, initialisation and a training loop for NumPy arrays, at memory speed.
 
 The modules are `norm`, `stats`, `optim`, `init`, `schedule`: functions and classes on plain arrays; and on top of them
-`nn`, `data`, `train`. `import kilter` loads the first five; the others load when they are first named.
+`nn`, `data`, `dist`, `train`. `import kilter` loads the first five; the others load when they are first named.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ __all__ = [
     "KilterError",
     "__version__",
     "data",
+    "dist",
     "init",
     "nn",
     "norm",
@@ -32,6 +33,6 @@ os.register_at_fork(after_in_child=_kilter.after_fork)
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name in ("data", "nn", "train"):
+    if name in ("data", "dist", "nn", "train"):
         return importlib.import_module(f"kilter.{name}")
     raise AttributeError(f"module 'kilter' has no attribute {name!r}")

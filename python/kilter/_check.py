@@ -129,6 +129,19 @@ def same_memory(xp: Any, argument: str, out: Any, x: Any) -> bool:
     return False
 
 
+def apart(xp: Any, out: Any, *arguments: Any) -> None:
+    """Refuses an output that lies over an argument."""
+    if any(argument is not None and xp.shares_memory(out, argument) for argument in arguments):
+        fail("out", "memory of its own", "memory of another argument")
+
+
+def communicator(comm: Any) -> Any:
+    """Returns `comm`, which must be None or have the calls of a communicator."""
+    if comm is not None and not all(callable(getattr(comm, name, None)) for name in ("all_gather", "all_reduce")):
+        fail("comm", "a communicator", type(comm).__name__)
+    return comm
+
+
 def seed_and_stream(seed: Any, stream: Any) -> tuple[int, int]:
     """Returns a 64-bit seed and a 32-bit stream."""
     for argument, value, bits in (("seed", seed, 64), ("stream", stream, 32)):

@@ -3,8 +3,8 @@
 Every operation fills arrays that are given to it and returns None. Arrays are C-contiguous, aligned and of
 native byte order; written ones share memory with no other. Data are float64, float32, float16 or bfloat16.
 gamma, beta, hi, lo, rstd, weights, running statistics and optimizer state have the dtype of the arithmetic:
-float64 for float64, else float32. count, mean, m2, sums and h are float64. Scalars that change from step to
-step travel in the vector h.
+float64 for float64, else float32; optimizer state may be bfloat16 instead of float32. count, mean, m2, sums and
+h are float64. Scalars that change from step to step travel in the vector h.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,11 @@ __all__ = [
     "ema",
     "fill_normal",
     "fill_uniform",
+    "gn_backward",
+    "gn_forward",
     "grad_scan",
+    "ln_backward",
+    "ln_forward",
     "num_threads",
     "philox",
     "probe_copy",
@@ -165,6 +169,65 @@ def bn_backward(
 ) -> None:
     """Fills what bn_backward_reduce and bn_backward_apply fill, same bits, in fewer passes over memory."""
 
+def gn_forward(
+    x: _Array,
+    axis: int,
+    groups: int,
+    h: _Array,
+    gamma: _Array | None,
+    beta: _Array | None,
+    mean: _Array,
+    m2: _Array,
+    y: _Array,
+) -> None:
+    """Fills mean and m2 of each group of each sample, and y; axis is 1 or the last; h = (eps,)."""
+
+def gn_backward(
+    dy: _Array,
+    x: _Array,
+    axis: int,
+    groups: int,
+    h: _Array,
+    mean: _Array,
+    m2: _Array,
+    gamma: _Array | None,
+    sum_dy: _Array,
+    sum_dy_xhat: _Array,
+    dx: _Array,
+) -> None:
+    """Fills the gradients of beta, gamma and x from what gn_forward filled; h = (eps,)."""
+
+def ln_forward(
+    x: _Array,
+    residual: _Array | None,
+    h: _Array,
+    gamma: _Array | None,
+    beta: _Array | None,
+    hi: _Array | None,
+    lo: _Array | None,
+    rstd: _Array,
+    sum: _Array | None,
+    y: _Array,
+) -> None:
+    """Fills mean = hi + lo and rstd of each row of a matrix (h = (eps,)), y, and sum = x + residual.
+
+    Without hi and lo: y = x * rstd * gamma + beta, where rstd is that of the mean square.
+    """
+
+def ln_backward(
+    dy: _Array,
+    x: _Array,
+    gamma: _Array | None,
+    hi: _Array | None,
+    lo: _Array | None,
+    rstd: _Array,
+    dsum: _Array | None,
+    sum_dy: _Array,
+    sum_dy_xhat: _Array,
+    dx: _Array,
+) -> None:
+    """Fills the gradients of beta, gamma and x from what ln_forward filled; dsum is added to dx."""
+
 def ema(s: _Array, x: _Array, h: _Array) -> None:
     """Moves s to s + momentum * (x - s); h = (momentum,)."""
 
@@ -178,11 +241,18 @@ def step(
     h: _Array,
     flags: int,
 ) -> None:
-    """Updates params, state and masters by a rule; h = (scale and limit of gradients, scalars of the rule).
+    """Updates params, state and masters by a rule; h = (scale and limit of gradients, oldest, scalars of the rule).
 
-    The rules and their scalars: sgd (lr, weight_decay); momentum and nesterov (weight_decay, momentum, rate,
-    size); adam and amsgrad (lr, l2, keep, beta1, beta2, eps, bias1, bias2). State and masters are flat, one
-    element per parameter.
+    Arrays of float16, bfloat16 and float32 may stand beside each other. State is flat, one element per parameter; that
+    of windows has two axes, a row for each of the last steps, of which `oldest` is replaced. Masters are flat. The
+    rules and their scalars, with the windows (w) and other slots that each has:
+
+    sgd (lr, l2); momentum (l2, momentum, rate, size, look): 1; rmsprop (lr, l2, eps, rate, pull, lagged, momentum): 1,
+    rmsprop_momentum and rmsprop_centered likewise: 2, rmsprop_centered_momentum: 3; rmsprop_window (lr, l2, eps, past,
+    now, momentum): w, rmsprop_window_momentum: w + 1; adadelta (lr, l2, eps, rho): 2; adadelta_window (lr, l2, eps,
+    past, now, older, last): w + w + 1; adam and nadam (l2, keep, beta1, beta2, eps, bias2, size, look): 2, amsgrad: 3;
+    adamax (l2, beta1, beta2, eps, size): 2; lion (lr, keep, beta1, beta2): 1; newton (lr, damping, inverse, clip): 1;
+    curvature (rate): 0, params are the averages and grads the curvature.
     """
 
 def grad_scan(names: Sequence[str], grads: Sequence[_Array], out: _Array) -> None:

@@ -1,4 +1,4 @@
-"""The command `kilter`: train, info, bench."""
+"""The command `kilter`: train, experiment, info, bench."""
 
 from __future__ import annotations
 
@@ -68,6 +68,15 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
+def _experiment(options: argparse.Namespace) -> int:
+    from kilter import experiments
+
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it reports on its font cache
+    names = tuple(experiments.NAMES) if options.name == "all" else (options.name,)
+    experiments.run(names, options.out, options.seed)
+    return 0
+
+
 def _info(options: argparse.Namespace) -> int:
     import platform
     from importlib import metadata
@@ -129,7 +138,7 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="kilter", description="Training for NumPy code: train, info, bench.")
+    parser = _Parser(prog="kilter", description="Training for NumPy code: train, experiment, info, bench.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     train = commands.add_parser(
         "train",
@@ -138,6 +147,12 @@ def _parser() -> argparse.ArgumentParser:
         "model.safetensors. Without options: an MLP with batch norm on the embedded handwritten digits.",
     )
     _train_options(train)
+    experiment = commands.add_parser(
+        "experiment",
+        help="check claims about training",
+        description="Run an experiment, or all of them, and write its table, its figure and its claims into a folder.",
+    )
+    _experiment_options(experiment)
     info = commands.add_parser("info", help="show versions, CPU level, threads and optional packages")
     info.set_defaults(run=_info)
     bench = commands.add_parser(
@@ -151,14 +166,27 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _experiment_options(parser: argparse.ArgumentParser) -> None:
+    from kilter.experiments import NAMES
+
+    known = "; ".join(f"{name}: {what}" for name, what in NAMES.items())
+    parser.add_argument("name", choices=(*NAMES, "all"), metavar="NAME", help=f"{known}; or all")
+    out = "runs/experiments"
+    parser.add_argument("--out", default=out, metavar="DIR", help=f"where each gets a folder (default {out})")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the first seed (default 0)")
+    parser.set_defaults(run=_experiment)
+
+
 def _train_options(parser: argparse.ArgumentParser) -> None:
-    from kilter.train.job import MODELS, NORMS, OPTIMIZERS, SCHEDULES, SETS, Config
+    from kilter.nn.models import NORMS
+    from kilter.train.choices import OPTIMIZERS, SCHEDULES
+    from kilter.train.job import MODELS, SETS, Config
 
     def add(flag: str, what: str, default: object = None, **more: Any) -> None:
         text = what if default is None else f"{what} (default {default})"
         parser.add_argument(flag, help=text.replace("%", "%%"), **more)
 
-    rates = ", ".join(f"{name} {lr:g}" for name, lr in OPTIMIZERS.items())
+    rates = ", ".join(f"{name} {choice.lr:g}" for name, choice in OPTIMIZERS.items())
     sizes, epochs = (
         "; ".join(f"{name} {value}" for name, value in values)
         for values in (
@@ -172,10 +200,10 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
     add("--hidden", "sizes of the hidden layers, such as 256,128", sizes, type=_sizes, metavar="SIZES")
     add("--norm", "normalisation of the hidden layers", Config.norm, choices=NORMS)
     add("--dropout", "probability of dropout after each hidden layer", Config.dropout, type=float, metavar="P")
-    add("--optimizer", "update rule; sgd has momentum 0.9", Config.optimizer, choices=tuple(OPTIMIZERS))
+    add("--optimizer", "update rule; sgd and nesterov have momentum 0.9", Config.optimizer, choices=tuple(OPTIMIZERS))
     add("--lr", "peak learning rate", rates, type=float, metavar="LR")
     add("--weight-decay", "weight decay", Config.weight_decay, type=float, metavar="W")
-    add("--schedule", "of the learning rate; one_cycle moves momentum too", Config.schedule, choices=SCHEDULES)
+    add("--schedule", "of the learning rate; one_cycle moves momentum too", Config.schedule, choices=tuple(SCHEDULES))
     add(
         "--warmup",
         "let the learning rate rise from 0 at first",

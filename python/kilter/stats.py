@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -59,7 +60,7 @@ def merge(*parts: Moments) -> Moments:
     """The moments of all parts together, merged in the order given.
 
     count = n₁ + n₂, mean = mean₁ + δ n₂ / count, m2 = m2₁ + m2₂ + δ² n₁ n₂ / count with δ = mean₂ - mean₁.
-    Parts may have unequal counts, zero among them.
+    Counts may be unequal. A part without values (count 0) changes nothing.
 
     Raises:
         KilterError: there is no part, or their channels differ.
@@ -76,8 +77,13 @@ def merge(*parts: Moments) -> Moments:
     for part in parts[1:]:
         if part.mean.shape != mean.shape:
             fail("parts", f"{mean.shape[0]} channels", f"{part.mean.shape[0]}")
+        if not part.count:
+            continue
+        if not count:
+            count, mean, m2 = part
+            continue
         total = count + part.count
-        share = part.count / total if total else 0.0
+        share = part.count / total
         delta = part.mean - mean
         mean = mean + delta * share
         m2 = m2 + part.m2 + delta * delta * (count * share)
@@ -167,7 +173,7 @@ class RunningStats:
             if array.shape != self.mean.shape:
                 fail(argument, f"shape {self.mean.shape}", f"shape {array.shape}")
             _check.arithmetic(argument, array.dtype)
-        n = _check.number("n", n, 1.0 if self.unbiased else 0.0, open_low=True)
+        n = _check.number("n", n, 1.0 if self.unbiased else 0.0, sys.float_info.max, open_low=True)
         correction = n / (n - 1) if self.unbiased else 1.0
         h = backend.xp.array([self.weight(n)], "float64")
         new_mean = mean.astype(self.mean.dtype)

@@ -1,4 +1,4 @@
-"""Batch norm, forward and backward."""
+"""Batch norm: forward in training and in evaluation, and backward."""
 
 from __future__ import annotations
 
@@ -15,20 +15,22 @@ from kilter._check import dtype_of
 from kilter.bench.peers import Peer
 from kilter.bench.timing import Case, copy_yard
 from kilter.norm import batch_norm, batch_norm_backward
+from kilter.stats import RunningStats
 
 Spec = tuple[tuple[int, ...], int, str]  # shape, channel axis, dtype
 
-SPECS: tuple[Spec, ...] = (
-    ((64, 256, 56, 56), 1, "float32"),
-    ((64, 128, 28, 28), 1, "float32"),
-    ((64, 56, 56, 256), -1, "float32"),
-    ((64, 28, 28, 128), -1, "float32"),
-    ((8192, 1024), 1, "float32"),
-    ((1024, 256), 1, "float32"),
-    ((128, 784), 1, "float32"),
-    ((64, 256, 56, 56), 1, "bfloat16"),
+IMAGES = ((64, 64, 56, 56), (64, 256, 56, 56), (32, 512, 28, 28), (64, 128, 28, 28), (256, 512, 7, 7))
+MATRICES = ((8192, 1024), (65_536, 256), (1024, 256), (128, 784), (32, 64))
+SPECS: tuple[Spec, ...] = tuple(
+    spec
+    for dtype in ("float32", "bfloat16")
+    for spec in (
+        *((shape, 1, dtype) for shape in IMAGES),
+        *(((n, h, w, c), -1, dtype) for n, c, h, w in IMAGES),
+        *((shape, 1, dtype) for shape in MATRICES),
+    )
 )
-WHATS = ("forward", "forward, new array", "backward")
+WHATS = ("forward", "forward, new array", "inference", "backward")
 
 
 def cases(peers: Sequence[Peer] = ()) -> Iterator[Case]:
@@ -48,7 +50,13 @@ def case(spec: Spec, what: str, peers: Sequence[Peer] = ()) -> Case:
         return batch_norm(x, gamma, beta, axis=axis, out=out)
 
     work: Callable[[], Any] = passing
-    if not forward:
+    if what == "inference":
+        running = RunningStats(shape[axis])
+
+        def work() -> Any:
+            return batch_norm(x, gamma, beta, axis=axis, running=running, training=False, out=out)
+
+    elif not forward:
         _, saved = batch_norm(x, gamma, beta, axis=axis)
 
         def work() -> Any:
@@ -57,10 +65,11 @@ def case(spec: Spec, what: str, peers: Sequence[Peer] = ()) -> Case:
     beside = {}
     for peer in peers:
         pair = peer.batch_norm(x, dy, axis, gamma, beta)
-        if pair is not None:
+        if pair is not None and what != "inference":
             beside[peer.name] = pair[0 if forward else 1]
     inputs = 1 if forward else 2
-    path = x.nbytes * (1 + inputs * (1 if reads_once(shape, axis, x.itemsize, inputs) else 2))
+    once = what == "inference" or reads_once(shape, axis, x.itemsize, inputs)
+    path = x.nbytes * (1 + inputs * (1 if once else 2))
     short = "bf16 " if dtype == "bfloat16" else ""
     name = f"{short}{shape}{' axis -1' if axis == -1 else ''} {what}"
     return Case(name, work, path, x.nbytes * (1 + inputs), *copy_yard(), beside)
@@ -68,10 +77,8 @@ def case(spec: Spec, what: str, peers: Sequence[Peer] = ()) -> Case:
 
 # A channel's slice of the batch that is read again soon stays in the cache of a core up to about this size.
 CORE_CACHE = 2 << 20
-RUN_BYTES, TILE = (
-    4096,
-    16,
-)  # memory is read in runs of about so many bytes: small planes by up to so many channels
+RUN_BYTES, TILE = 4096, 16  # memory is read in runs of about so many bytes: small planes by up to so many channels
+SMALL_PLANE, MATRIX_ROWS = 64, 16  # planes of up to so many elements are summed as columns, if there are so many rows
 
 
 def reads_once(shape: tuple[int, ...], axis: int, itemsize: int, inputs: int) -> bool:
@@ -87,7 +94,8 @@ def reads_once(shape: tuple[int, ...], axis: int, itemsize: int, inputs: int) ->
     channels, inner, size = shape[axis], math.prod(shape[axis + 1 :]), inputs * itemsize
     total = math.prod(shape) * size
     tile = min(max(-(-RUN_BYTES // (inner * size)), 1), TILE)
-    by_channel = inner > 1 and channels >= 4 and total // channels * tile <= CORE_CACHE
+    matrix = inner <= SMALL_PLANE and math.prod(shape[:axis]) >= MATRIX_ROWS
+    by_channel = not matrix and channels >= 4 and total // channels * tile <= CORE_CACHE
     return by_channel or total < _shared_cache() * 3 // 4
 
 

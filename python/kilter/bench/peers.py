@@ -19,6 +19,23 @@ from kilter.bench.timing import Work
 EPS = 1e-5
 LR, DECAY, BETA1, BETA2, ADAM_EPS, MOMENTUM = 1e-3, 1e-2, 0.9, 0.999, 1e-8, 0.9
 
+WRITTEN = ("adamw", "momentum")  # rules that `step` knows
+FUSED = ("SGD", "Adagrad", "Adam", "AdamW")  # classes of PyTorch that have a fused step on the CPU
+TORCH: dict[str, tuple[str, dict[str, Any]]] = {
+    "sgd": ("SGD", {"lr": LR}),
+    "momentum": ("SGD", {"lr": LR, "momentum": MOMENTUM}),
+    "nesterov": ("SGD", {"lr": LR, "momentum": MOMENTUM, "nesterov": True}),
+    "adagrad": ("Adagrad", {}),
+    "rmsprop": ("RMSprop", {}),
+    "rmsprop centered, momentum": ("RMSprop", {"centered": True, "momentum": MOMENTUM}),
+    "adadelta": ("Adadelta", {}),
+    "adam": ("Adam", {}),
+    "adamw": ("AdamW", {}),
+    "amsgrad": ("Adam", {"amsgrad": True}),
+    "adamax": ("Adamax", {}),
+    "nadam": ("NAdam", {}),
+}
+
 
 class Peer(Protocol):
     """A library."""
@@ -28,8 +45,14 @@ class Peer(Protocol):
     def batch_norm(self, x: Any, dy: Any, axis: int, gamma: Any, beta: Any) -> tuple[Work, Work] | None:
         """Returns the forward and the backward pass in training; None where it has no such dtype."""
 
+    def row_norm(self, x: Any, dy: Any, gamma: Any, beta: Any) -> tuple[Work, Work] | None:
+        """Returns both passes of layer norm, or of RMS norm where beta is None; None where it has no such dtype."""
+
+    def group_norm(self, x: Any, dy: Any, groups: int, axis: int, gamma: Any, beta: Any) -> tuple[Work, Work] | None:
+        """Returns both passes; None where it has no such dtype."""
+
     def steps(self, rule: str, params: list[Any], grads: list[Any]) -> dict[str, Work]:
-        """Returns its ways to take a step of "adamw" or of SGD with "momentum", by name."""
+        """Returns its ways to take a step of a rule of `kilter.bench.optim`, by name; none where it has none."""
 
     def fill(self, kind: str, out: Any) -> Work:
         """Returns the fill of an array like `out` with "normal" or "uniform" numbers."""
@@ -58,6 +81,38 @@ def backward(xp: Any, dy: Any, x: Any, mean: Any, rstd: Any, gamma: Any, axes: t
     dgamma = xp.sum(dy * x_hat, axis=axes, keepdims=True)
     count = x.size // gamma.size
     return (gamma * rstd) * (dy - dbeta / count - x_hat * (dgamma / count)), dgamma, dbeta
+
+
+def row_forward(xp: Any, x: Any, gamma: Any, beta: Any) -> tuple[Any, Any, Any]:
+    """Returns y, mean and rstd of layer norm, or of RMS norm where beta is None: there the mean is 0."""
+    mean = 0.0 if beta is None else xp.mean(x, axis=-1, keepdims=True)
+    rstd = 1 / xp.sqrt(xp.mean((x - mean) ** 2, axis=-1, keepdims=True) + EPS)
+    return (x - mean) * rstd * gamma + (0.0 if beta is None else beta), mean, rstd
+
+
+def row_backward(xp: Any, dy: Any, x: Any, mean: Any, rstd: Any, gamma: Any, centred: bool) -> Any:
+    """Returns dx, dgamma and dbeta."""
+    x_hat, g = (x - mean) * rstd, dy * gamma
+    first = xp.mean(g, axis=-1, keepdims=True) if centred else 0.0
+    dx = rstd * (g - first - x_hat * xp.mean(g * x_hat, axis=-1, keepdims=True))
+    return dx, xp.sum(dy * x_hat, axis=0), xp.sum(dy, axis=0)
+
+
+def in_groups(x: Any, groups: int, axis: int, arrays: Sequence[Any]) -> tuple[tuple[int, ...], list[Any]]:
+    """Returns the axes of a group where x's channel axis is two, and the arrays in that form."""
+    at = axis % x.ndim
+    shape = [*x.shape[:at], groups, x.shape[at] // groups, *x.shape[at + 1 :]]
+    vector = [size if i in (at, at + 1) else 1 for i, size in enumerate(shape)]
+    axes = tuple(i for i in range(1, len(shape)) if i != at)
+    return axes, [a.reshape(vector if a.ndim == 1 else shape) for a in arrays]
+
+
+def group_backward(xp: Any, dy: Any, x: Any, mean: Any, rstd: Any, gamma: Any, axes: tuple[int, ...]) -> Any:
+    """Returns dx, dgamma and dbeta of arrays in groups, of which `axes` are the axes of one."""
+    x_hat, g = (x - mean) * rstd, dy * gamma
+    dx = rstd * (g - xp.mean(g, axis=axes, keepdims=True) - x_hat * xp.mean(g * x_hat, axis=axes, keepdims=True))
+    every = tuple(i for i, size in enumerate(gamma.shape) if size == 1)
+    return dx, xp.sum(dy * x_hat, axis=every), xp.sum(dy, axis=every)
 
 
 def step(xp: Any, rule: str, p: Any, g: Any, m: Any, v: Any, t: Any) -> tuple[Any, Any, Any]:
@@ -91,8 +146,26 @@ class NumPy:
         _, mean, rstd = forward(np, x, g, b, axes)
         return lambda: forward(np, x, g, b, axes), lambda: backward(np, dy, x, mean, rstd, g, axes)
 
+    def row_norm(self, x: Any, dy: Any, gamma: Any, beta: Any) -> tuple[Work, Work] | None:
+        """See `Peer`."""
+        if x.dtype != np.float32:
+            return None
+        _, mean, rstd = row_forward(np, x, gamma, beta)
+        centred = beta is not None
+        return lambda: row_forward(np, x, gamma, beta), lambda: row_backward(np, dy, x, mean, rstd, gamma, centred)
+
+    def group_norm(self, x: Any, dy: Any, groups: int, axis: int, gamma: Any, beta: Any) -> tuple[Work, Work] | None:
+        """See `Peer`."""
+        if x.dtype != np.float32:
+            return None
+        axes, (x, dy, g, b) = in_groups(x, groups, axis, (x, dy, gamma, beta))
+        _, mean, rstd = forward(np, x, g, b, axes)
+        return lambda: forward(np, x, g, b, axes), lambda: group_backward(np, dy, x, mean, rstd, g, axes)
+
     def steps(self, rule: str, params: list[Any], grads: list[Any]) -> dict[str, Work]:
         """See `Peer`."""
+        if rule not in WRITTEN:
+            return {}
         state = [(p.copy(), np.zeros_like(p), np.zeros_like(p)) for p in params]
         t = 0
 
@@ -140,23 +213,54 @@ class Torch:
             lambda: aten.native_batch_norm_backward(dy, x, g, None, None, mean, rstd, True, EPS, every),
         )
 
+    def row_norm(self, x: Any, dy: Any, gamma: Any, beta: Any) -> tuple[Work, Work] | None:
+        """See `Peer`."""
+        x, dy, g = (self.tensor(array) for array in (x, dy, gamma))
+        functions, aten, shape = self.torch.nn.functional, self.torch.ops.aten, [x.shape[-1]]
+        g = g.to(x.dtype)
+        if beta is not None:
+            b = self.tensor(beta).to(x.dtype)
+            _, mean, rstd = aten.native_layer_norm(x, shape, g, b, EPS)
+            return (
+                lambda: functions.layer_norm(x, shape, g, b, EPS),
+                lambda: aten.native_layer_norm_backward(dy, x, shape, mean, rstd, g, b, [True, True, True]),
+            )
+        inputs = [v.detach().requires_grad_() for v in (x, g)]
+        y = functions.rms_norm(inputs[0], shape, inputs[1], EPS)
+        return (
+            lambda: functions.rms_norm(x, shape, g, EPS),
+            lambda: self.torch.autograd.grad(y, inputs, dy, retain_graph=True),
+        )
+
+    def group_norm(self, x: Any, dy: Any, groups: int, axis: int, gamma: Any, beta: Any) -> tuple[Work, Work] | None:
+        """See `Peer`."""
+        x, dy, g, b = (self.tensor(array) for array in (x, dy, gamma, beta))
+        if axis == -1:
+            x, dy = x.movedim(-1, 1), dy.movedim(-1, 1)
+        g, b = g.to(x.dtype), b.to(x.dtype)
+        aten, sizes = self.torch.ops.aten, (x.shape[0], x.shape[1], x[0, 0].numel(), groups)
+        _, mean, rstd = aten.native_group_norm(x, g, b, *sizes, EPS)
+        return (
+            lambda: self.torch.nn.functional.group_norm(x, groups, g, b, EPS),
+            lambda: aten.native_group_norm_backward(dy, x, mean, rstd, g, *sizes, [True, True, True]),
+        )
+
     def steps(self, rule: str, params: list[Any], grads: list[Any]) -> dict[str, Work]:
         """See `Peer`."""
 
-        def optimizer(fused: bool) -> Work:
+        if rule not in TORCH:
+            return {}
+        name, options = TORCH[rule]
+
+        def optimizer(**more: bool) -> Work:
             tensors = [self.torch.nn.Parameter(self.tensor(p.copy())) for p in params]
             for p, g in zip(tensors, grads, strict=True):
                 p.grad = self.tensor(g)
-            kinds = self.torch.optim
-            more = {"fused": True} if fused else {}
-            if rule == "adamw":
-                made = kinds.AdamW(tensors, LR, (BETA1, BETA2), ADAM_EPS, DECAY, **more)
-            else:
-                made = kinds.SGD(tensors, LR, MOMENTUM, **more)
-            work: Work = made.step
+            work: Work = getattr(self.torch.optim, name)(tensors, **options, **more).step
             return work
 
-        return {self.name: optimizer(False), f"{self.name} fused": optimizer(True)}
+        ways = {self.name: optimizer(), f"{self.name} foreach": optimizer(foreach=True)}
+        return ways | {f"{self.name} fused": optimizer(fused=True)} if name in FUSED else ways
 
     def fill(self, kind: str, out: Any) -> Work:
         """See `Peer`."""
@@ -209,8 +313,34 @@ class Jax:
             self.compiled(lambda dy, x, mean, rstd, g: backward(xp, dy, x, mean, rstd, g, axes), dy, x, mean, rstd, g),
         )
 
+    def row_norm(self, x: Any, dy: Any, gamma: Any, beta: Any) -> tuple[Work, Work] | None:
+        """See `Peer`."""
+        if x.dtype != np.float32:
+            return None
+        xp, centred = self.jax.numpy, beta is not None
+        _, mean, rstd = row_forward(np, x, gamma, beta)
+        given = (x, gamma, beta) if centred else (x, gamma)
+        return (
+            self.compiled(lambda x, g, b=None: row_forward(xp, x, g, b), *given),
+            self.compiled(lambda dy, x, m, r, g: row_backward(xp, dy, x, m, r, g, centred), dy, x, mean, rstd, gamma),
+        )
+
+    def group_norm(self, x: Any, dy: Any, groups: int, axis: int, gamma: Any, beta: Any) -> tuple[Work, Work] | None:
+        """See `Peer`."""
+        if x.dtype != np.float32:
+            return None
+        xp = self.jax.numpy
+        axes, (x, dy, g, b) = in_groups(x, groups, axis, (x, dy, gamma, beta))
+        _, mean, rstd = forward(np, x, g, b, axes)
+        return (
+            self.compiled(lambda x, g, b: forward(xp, x, g, b, axes), x, g, b),
+            self.compiled(lambda dy, x, m, r, g: group_backward(xp, dy, x, m, r, g, axes), dy, x, mean, rstd, g),
+        )
+
     def steps(self, rule: str, params: list[Any], grads: list[Any]) -> dict[str, Work]:
         """See `Peer`."""
+        if rule not in WRITTEN:
+            return {}
         xp = self.jax.numpy
 
         def all_of(state: Any, grads: Any, t: Any) -> Any:

@@ -10,9 +10,19 @@ from kilter._check import KilterError
 from kilter.nn.activations import ReLU
 from kilter.nn.containers import Flatten, Sequential
 from kilter.nn.dropout import Dropout
+from kilter.nn.group_norms import GroupNorm
 from kilter.nn.linear import Linear
 from kilter.nn.module import Module
 from kilter.nn.norms import BatchNorm
+from kilter.nn.row_norms import LayerNorm, RMSNorm
+
+NORMS = {
+    "batch": "batch norm",
+    "layer": "layer norm",
+    "group": "group norm",
+    "rms": "RMS norm",
+    "none": "no norm",
+}
 
 
 def mlp(
@@ -36,7 +46,8 @@ def mlp(
     hidden
         Sizes of the hidden layers, any number of them.
     norm
-        "batch": batch norm before each ReLU, and no bias in front of it. "none": biases alone.
+        "batch": batch norm before each ReLU, and no bias in front of it. "layer", "group", "rms": that norm in its
+        place, behind biases; up to 32 groups of at least 8 values. "none": biases alone.
     dropout
         Probability, after each hidden layer; 0 adds no layer.
     seed
@@ -53,15 +64,27 @@ def mlp(
     KilterError
         A size below 1, an unknown norm, a probability outside [0, 1).
     """
-    if norm not in ("batch", "none"):
-        raise KilterError(f"norm: expected 'batch' or 'none', got {norm!r}")
+    if norm not in NORMS:
+        raise KilterError(f"norm: expected {' or '.join(map(repr, NORMS))}, got {norm!r}")
     layers: list[Module] = [Flatten()]
     before = features
     for i, size in enumerate(hidden):
-        layers.append(Linear(before, size, bias=norm == "none", seed=seed, stream=i, dtype=dtype))
-        layers.append(BatchNorm(size, activation="relu", dtype=dtype) if norm == "batch" else ReLU())
+        layers.append(Linear(before, size, bias=norm != "batch", seed=seed, stream=i, dtype=dtype))
+        layers += _activated(norm, size, dtype)
         if dropout:
             layers.append(Dropout(dropout, seed=seed, stream=i))
         before = size
     layers.append(Linear(before, classes, seed=seed, stream=len(hidden), dtype=dtype))
     return Sequential(*layers)
+
+
+def _activated(norm: str, size: int, dtype: DTypeLike) -> list[Module]:
+    """A norm, if any, and ReLU."""
+    if norm == "batch":
+        return [BatchNorm(size, activation="relu", dtype=dtype)]
+    if norm == "none":
+        return [ReLU()]
+    if norm == "group":
+        groups = max(g for g in (1, 2, 4, 8, 16, 32) if g == 1 or size % (8 * g) == 0)
+        return [GroupNorm(groups, size, dtype=dtype), ReLU()]
+    return [(LayerNorm if norm == "layer" else RMSNorm)(size, dtype=dtype), ReLU()]

@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from kilter._check import KilterError, arithmetic, dtype_of
+from kilter.dist import Communicator
 from kilter.nn.module import Array, Module, State
 from kilter.norm import batch_norm, batch_norm_backward
 from kilter.schedule import Schedule
-from kilter.stats import RunningStats
+from kilter.stats import Moments, RunningStats
 
 
 class BatchNorm(Module):
@@ -40,7 +41,8 @@ class BatchNorm(Module):
     Notes
     -----
     In `eval()`, and while frozen, the running statistics normalise and do not change. A batch of one value
-    per channel raises a KilterError in training.
+    per channel raises a KilterError in training. `comm`, None at first, is a communicator of `kilter.dist`:
+    statistics are then those of all ranks (see `convert_sync_batchnorm`).
 
     References
     ----------
@@ -64,6 +66,7 @@ class BatchNorm(Module):
             raise KilterError(f"activation: expected None or 'relu', got {activation!r}")
         real = arithmetic("dtype", dtype_of("dtype", dtype))
         self.axis, self.eps, self.activation = axis, eps, activation
+        self.comm: Communicator | None = None
         self._make_running = partial(RunningStats, features, momentum=momentum, unbiased=unbiased)
         self.running = self._make_running(dtype=real)
         if affine:
@@ -82,9 +85,16 @@ class BatchNorm(Module):
             running=self.running,
             training=self.training and not self.frozen,
             activation=self.activation,
+            comm=self.comm,
             out=self.buffer("y", x.shape, x.dtype) if self._reuse else None,
         )
         return y
+
+    @property
+    def moments(self) -> Moments | None:
+        """Count, mean and m2 of the last batch in training (of all ranks), float64; None before the first."""
+        cache = getattr(self, "_cache", None)
+        return cache.moments if cache is not None else None
 
     def backward(self, dy: Array, *, need_dx: bool = True) -> Any:
         """dx, through the batch statistics in training; fills the gradients of gamma and beta."""

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from kilter import _check, _kilter
 from kilter._backend import backend_of
 from kilter._check import fail
 
 
+class Slot(NamedTuple):
+    """A number of state per parameter, or with `rows` a window of several."""
+
+    name: str
+    rows: int | None = None
+    start: float = 0.0
+
+    def __str__(self) -> str:
+        rows = "" if self.rows is None else f" of {self.rows} rows"
+        return f"{self.name}{rows}" + (f" from {self.start:g}" if self.start else "")
+
+    def shape(self, *shape: int) -> tuple[int, ...]:
+        """Returns the shape of the state of parameters of that shape."""
+        return shape if self.rows is None else (self.rows, *shape)
+
+
 class Bucket:
     """Parameters that share options, dtype and clock, with one flat array per slot of state."""
 
     def __init__(
-        self, xp: Any, group: int, slots: tuple[str, ...], masters: bool, clock: dict[str, float], frozen: bool
+        self, xp: Any, group: int, slots: tuple[Slot, ...], masters: bool, clock: dict[str, float], frozen: bool
     ) -> None:
         self.xp, self.group, self.slots, self.frozen = xp, group, slots, frozen
         self.has_masters = masters
@@ -25,11 +42,11 @@ class Bucket:
         self.state: list[Any] = []
         self.masters: Any = None
 
-    def fill(self, old: Mapping[str, Mapping[str, Any]]) -> None:
+    def fill(self, old: Mapping[str, Mapping[str, Any]], state_dtype: Any) -> None:
         """Allocates the state and takes over that of the parameters that had some."""
         real = _check.arithmetic("params", self.params[0].dtype)
         size = sum(p.size for p in self.params)
-        self.state = [self.xp.zeros(size, real) for _ in self.slots]
+        self.state = [self.xp.full(slot.shape(size), slot.start, state_dtype or real) for slot in self.slots]
         self.masters = self.xp.empty(size, real) if self.has_masters else None
         for (name, part), p in zip(self.parts(), self.params, strict=True):
             kept = old[name]["arrays"] if name in old else {}
@@ -41,12 +58,12 @@ class Bucket:
 
     def parts(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yields each parameter's name, state (views in the parameter's shape) and clock."""
-        flat = dict(zip(self.slots, self.state, strict=True))
+        flat = list(zip(self.slots, self.state, strict=True))
         if self.masters is not None:
-            flat["master"] = self.masters
+            flat.append((Slot("master"), self.masters))
         start = 0
         for name, p in zip(self.names, self.params, strict=True):
-            views = {slot: array[start : start + p.size].reshape(p.shape) for slot, array in flat.items()}
+            views = {slot.name: a[..., start : start + p.size].reshape(slot.shape(*p.shape)) for slot, a in flat}
             yield name, {"arrays": views, "clock": dict(self.clock)}
             start += p.size
 
@@ -80,7 +97,7 @@ def groups_of(params: Any) -> tuple[list[dict[str, Any]], str]:
         fail("params", "a list, a dict or a list of groups", type(params).__name__)
     if not params or not any(isinstance(one, Mapping) for one in params):
         return [{"params": dict(enumerate(params))}], "list"
-    groups, first = [], 0
+    groups = []
     for group in params:
         if not isinstance(group, Mapping) or "params" not in group:
             fail("params", "groups that are dicts with the key 'params'", type(group).__name__)
@@ -88,8 +105,17 @@ def groups_of(params: Any) -> tuple[list[dict[str, Any]], str]:
         if not isinstance(inner, (Mapping, list, tuple)):
             fail("params", "a list or a dict of arrays in each group", type(inner).__name__)
         groups.append({**group, "params": dict(inner) if isinstance(inner, Mapping) else dict(enumerate(inner))})
-        first += len(inner)
     return groups, "groups"
+
+
+def state_dtype(dtype: Any) -> Any:
+    """Returns the dtype that state has, None for that of the arithmetic."""
+    if dtype is None:
+        return None
+    found = _check.dtype_of("state_dtype", dtype)
+    if found.name not in ("float32", "bfloat16"):
+        fail("state_dtype", "None, 'float32' or 'bfloat16'", repr(dtype))
+    return found
 
 
 def check_param(name: str, p: Any) -> None:
@@ -101,6 +127,15 @@ def check_param(name: str, p: Any) -> None:
         fail(argument, "a C-contiguous, aligned array of native byte order", f"strides {p.strides}, dtype {p.dtype}")
     if not p.flags.writeable:
         fail(argument, "a writable array", "a read-only one")
+
+
+def check_like(argument: str, value: Any, p: Any) -> None:
+    """Refuses what is no array of a parameter's shape and arithmetic."""
+    _check.array(argument, value)
+    if value.shape != p.shape:
+        fail(argument, f"shape {p.shape}", f"shape {value.shape}")
+    if _check.arithmetic(argument, value.dtype) != _check.arithmetic("params", p.dtype):
+        fail(argument, f"dtype {_check.arithmetic('params', p.dtype)}", f"dtype {value.dtype}")
 
 
 def check_apart(params: Mapping[str, Any]) -> None:
@@ -116,26 +151,76 @@ def check_apart(params: Mapping[str, Any]) -> None:
             fail(f"params[{second}]", "memory of its own", f"memory shared with params[{first}]")
 
 
+class Rule(NamedTuple):
+    """An update rule at a step: the kernel's name for it, its scalars, and the row of windows that it replaces."""
+
+    name: str
+    scalars: tuple[float, ...]
+    oldest: int = 0
+
+
+class Pass:
+    """One call of the kernel: a rule on a bucket's parameters, or on arrays that take their place."""
+
+    def __init__(self, bucket: Bucket, grads: list[Any], rule: Rule, clock: dict[str, float]) -> None:
+        self.bucket, self.grads, self.rule = bucket, grads, rule
+        self.clock = clock  # of the bucket, once this has run
+        self.params, self.state, self.masters = bucket.params, bucket.state, bucket.masters
+        self.of_gradients = True  # which are scaled and clipped
+
+    def scan(self, ops: Any, found: Any) -> None:
+        """Fills `found` with the sum of the squares of the gradients, and whether all are finite."""
+        self._retried(lambda grads: ops.grad_scan(self.bucket.names, grads, found))
+
+    def launch(self, ops: Any, scale: float, limit: float, flags: int) -> None:
+        """Takes the step, or only checks every argument."""
+        scaled = (scale, limit) if self.of_gradients else (1.0, math.inf)
+        h = self.bucket.xp.array((*scaled, self.rule.oldest, *self.rule.scalars), "float64")
+        self._retried(
+            lambda grads: ops.step(
+                self.rule.name, self.bucket.names, self.params, grads, self.state, self.masters, h, flags
+            )
+        )
+
+    def _retried(self, call: Callable[[list[Any]], None]) -> None:
+        """Calls with the gradients, or with copies in C order where their layout needs it; keeps what was used."""
+        try:
+            call(self.grads)
+        except _kilter.LayoutError:
+            self.grads = [_check.contiguous(self.bucket.xp, g) for g in self.grads]
+            call(self.grads)
+        except _check.KilterError:
+            # Of arrays from elsewhere, the backend says more than the kernel.
+            names = [f"grads[{name}]" for name in (*self.bucket.names, "")]
+            backend_of(*self.grads, self.bucket.params[0], names=names)
+            raise
+
+
 def match(
-    grads: Any, structure: str, groups: list[dict[str, Any]], buckets: list[Bucket], frozen: set[str]
+    grads: Any,
+    structure: str,
+    groups: list[dict[str, Any]],
+    buckets: list[Bucket],
+    frozen: set[str],
+    argument: str = "grads",
 ) -> list[list[Any]]:
     """Returns the gradients of each bucket's parameters, in their order."""
     if structure == "groups" and isinstance(grads, Mapping):
         structure = "dict"
     if structure == "dict":
         if not isinstance(grads, Mapping):
-            fail("grads", "a dict name -> array", type(grads).__name__)
+            fail(argument, "a dict name -> array", type(grads).__name__)
         named = grads
     else:
         if not isinstance(grads, (list, tuple)):
-            fail("grads", f"a list, as the {structure} of parameters", type(grads).__name__)
+            fail(argument, f"a list, as the {structure} of parameters", type(grads).__name__)
         if structure == "groups":
-            grads = _of_groups(grads, groups)
+            grads = _of_groups(argument, grads, groups)
         if len(buckets) == 1 and not frozen and len(grads) == len(buckets[0].names):
             return [list(grads)]
         names = [name for group in groups for name in group["params"]]
         if len(grads) != len(names):
-            fail("grads", f"{len(names)} gradients", len(grads))
+            fail(argument, f"{len(names)} gradients", len(grads))
         named = dict(zip(names, grads, strict=True))
     wanted = [name for bucket in buckets for name in bucket.names]
     extra = set(named) - set(wanted) - frozen if len(named) != len(wanted) else set()
@@ -143,26 +228,26 @@ def match(
         found = [[named[name] for name in bucket.names] for bucket in buckets]
     except KeyError:
         missing = set(wanted) - set(named)
-        fail("grads", "one for each parameter", differences(missing, set(named) - set(wanted) - frozen))
+        fail(argument, "one for each parameter", differences(missing, set(named) - set(wanted) - frozen))
     if extra:
-        fail("grads", "one for each parameter", differences(set(), extra))
+        fail(argument, "one for each parameter", differences(set(), extra))
     return found
 
 
-def _of_groups(grads: Any, groups: list[dict[str, Any]]) -> list[Any]:
+def _of_groups(argument: str, grads: Any, groups: list[dict[str, Any]]) -> list[Any]:
     """Returns the gradients of all groups in one list."""
     if len(grads) != len(groups):
-        fail("grads", f"{len(groups)} groups", len(grads))
+        fail(argument, f"{len(groups)} groups", len(grads))
     flat: list[Any] = []
     for index, (given, group) in enumerate(zip(grads, groups, strict=True)):
         inner = given["params"] if isinstance(given, Mapping) and "params" in given else given
         if isinstance(inner, Mapping):
             missing, extra = set(group["params"]) - set(inner), set(inner) - set(group["params"])
             if missing or extra:
-                fail(f"grads[{index}]", "one for each parameter", differences(missing, extra))
+                fail(f"{argument}[{index}]", "one for each parameter", differences(missing, extra))
             inner = [inner[name] for name in group["params"]]
         if not isinstance(inner, (list, tuple)) or len(inner) != len(group["params"]):
-            fail(f"grads[{index}]", f"{len(group['params'])} gradients", "another structure")
+            fail(f"{argument}[{index}]", f"{len(group['params'])} gradients", "another structure")
         flat.extend(inner)
     return flat
 
@@ -171,17 +256,3 @@ def differences(missing: set[str], extra: set[str]) -> str:
     """Says what is missing and what is too much."""
     parts = [f"{word} {', '.join(sorted(map(str, some)))}" for word, some in (("no", missing), ("also", extra)) if some]
     return " and ".join(parts)
-
-
-def retried(bucket: Bucket, grads: list[Any], call: Callable[[list[Any]], None]) -> list[Any]:
-    """Calls with a bucket's gradients, or with copies in C order where their layout needs it; returns what was used."""
-    try:
-        call(grads)
-    except _kilter.LayoutError:
-        grads = [_check.contiguous(bucket.xp, g) for g in grads]
-        call(grads)
-    except _check.KilterError:
-        # Of arrays from elsewhere, the backend says more than the kernel.
-        backend_of(*grads, bucket.params[0], names=[f"grads[{name}]" for name in (*bucket.names, "")])
-        raise
-    return grads

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from kilter import _check, _kilter
 from kilter._backend import Backend, backend_of
 from kilter._check import fail
 from kilter.optim import arrays
-from kilter.optim.arrays import Bucket
+from kilter.optim.arrays import Bucket, Pass, Rule, Slot
+from kilter.optim.options import at, numbers, restored
 from kilter.optim.scaler import LossScaler
 
-__all__ = ["MOST", "Number", "Optimizer", "StepReport", "decay_groups"]
-
-Number = float | Callable[[int], float]
-
-MOST = sys.float_info.max  # options are finite
+__all__ = ["Optimizer", "StepReport", "decay_groups"]
 
 
 class StepReport(NamedTuple):
@@ -35,34 +31,30 @@ class StepReport(NamedTuple):
     skipped: bool
 
 
-class Rule(NamedTuple):
-    """The update rule of a group at a step: the kernel's name for it, and its scalars."""
-
-    name: str
-    scalars: tuple[float, ...]
-
-
 class Optimizer:
-    """The base of all optimizers; see `SGD`, `Adam` and `AdamW`."""
+    """The base of all optimizers; see `SGD` for the arguments that all share."""
 
     def __init__(
         self,
         params: Any,
         defaults: dict[str, Any],
-        *,
         maximize: bool,
         clip_norm: float | None,
         clip_value: float | None,
         track_norm: bool,
         skip_nonfinite: bool | None,
         master_dtype: str | None,
+        state_dtype: Any,
     ) -> None:
         if master_dtype not in ("auto", None):
             fail("master_dtype", "'auto' or None", repr(master_dtype))
+        if skip_nonfinite not in (True, False, None):
+            fail("skip_nonfinite", "True, False or None", repr(skip_nonfinite))
         for argument, limit in (("clip_norm", clip_norm), ("clip_value", clip_value)):
             if limit is not None:
                 _check.number(argument, limit, 0.0, open_low=True)
         self._defaults = defaults
+        self._keys = {"params", *defaults}
         self._check_options(defaults)
         self.maximize = bool(maximize)
         self.clip_norm = clip_norm
@@ -70,6 +62,7 @@ class Optimizer:
         self.track_norm = bool(track_norm)
         self.skip_nonfinite = skip_nonfinite
         self._masters = master_dtype == "auto"
+        self._state_dtype = arrays.state_dtype(state_dtype)
         self.calls = 0
         self.applied = 0
         self.groups: list[dict[str, Any]] = []
@@ -84,34 +77,35 @@ class Optimizer:
 
     # What a subclass says of itself.
 
-    def _slots(self, options: Mapping[str, Any]) -> tuple[str, ...]:
-        """Returns the names of the state that a parameter of a group has."""
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        """Refuses options that do not fit."""
         raise NotImplementedError
 
-    def _rule(self, options: Mapping[str, Any], clock: dict[str, float], slots: tuple[str, ...]) -> Rule:
+    def _slots(self, options: Mapping[str, Any]) -> tuple[Slot, ...]:
+        """Returns the state that a parameter of a group has."""
+        raise NotImplementedError
+
+    def _rule(self, options: Mapping[str, Any], clock: dict[str, float], slots: tuple[Slot, ...]) -> Rule:
         """Returns the rule of the next step; `options` are resolved, `clock` has been advanced to that step."""
         raise NotImplementedError
-
-    def _advance(self, options: Mapping[str, Any], clock: dict[str, float]) -> dict[str, float]:
-        """Returns the clock after one more applied step."""
-        return {"t": clock["t"] + 1}
 
     def _start(self) -> dict[str, float]:
         """Returns the clock of a parameter that has not been updated yet."""
         return {"t": 0}
 
-    def _check_options(self, options: Mapping[str, Any]) -> None:
-        """Refuses options that do not fit."""
-        raise NotImplementedError
+    def _advance(self, options: Mapping[str, Any], clock: dict[str, float]) -> dict[str, float]:
+        """Returns the clock after one more applied step."""
+        return {"t": clock["t"] + 1}
 
     # Parameters.
 
     def add_params(self, group: Any) -> None:
-        """Adds parameters: a list, a dict or a group dict with options; their state starts at zero.
+        """Adds parameters: a list, a dict or a group dict with options; their state starts anew.
 
         Raises:
             KilterError: a parameter does not fit or has a name that is taken; nothing has changed then.
         """
+        self._check_intact()
         found, _ = arrays.groups_of([group] if isinstance(group, dict) and "params" in group else group)
         if self._structure != "groups":
             named = all(isinstance(name, str) for name in found[0]["params"])
@@ -142,7 +136,16 @@ class Optimizer:
         """
         self._rebuild(frozen=self._frozen - {self._known(name)})
 
+    def _check_intact(self) -> None:
+        """Refuses groups that cannot be laid out anew."""
+        self._check_groups()
+        for group in self.groups:
+            self._check_options(group)
+        for bucket in self._buckets:
+            self._check_slots(bucket)
+
     def _known(self, name: Any) -> str:
+        self._check_intact()
         if str(name) not in self._params():
             fail("name", "the name of a parameter", repr(name))
         return str(name)
@@ -164,8 +167,10 @@ class Optimizer:
             if name in taken:
                 fail("params", "every name once", f"{name!r} twice")
             arrays.check_param(name, p)
+            if p.dtype.itemsize == 8 and self._state_dtype is not None:
+                fail("state_dtype", f"None, as params[{name}] is float64", self._state_dtype)
             named[name] = p
-        self.groups.append({"params": named, **options})
+        self.groups.append({"params": MappingProxyType(named), **options})
 
     def _rebuild(self, frozen: set[str] | None = None, state: dict[str, dict[str, Any]] | None = None) -> None:
         """Lays out state anew: one flat array per slot for the parameters that share options, dtype and clock."""
@@ -187,8 +192,9 @@ class Optimizer:
                 buckets[key].names.append(name)
                 buckets[key].params.append(p)
         for bucket in buckets.values():
-            bucket.fill(old)
+            bucket.fill(old, self._state_dtype)
         self._frozen, self._buckets = frozen, list(buckets.values())
+        self._laid_out = [group["params"] for group in self.groups]
 
     # The step.
 
@@ -197,88 +203,104 @@ class Optimizer:
 
         Args:
             grads: gradients in the structure of the parameters; those of groups also as one dict by name. Each has its
-                parameter's shape and dtype; float32 is also taken for 16-bit parameters. Not written to.
+                parameter's shape and dtype; 16-bit and float32 ones are taken for each other. Not written to.
             scaler: gradients are divided by its scale, the step is skipped if any is not finite, and it is advanced.
 
         Returns:
             StepReport(calls, applied, grad_norm, skipped).
 
         Raises:
-            KilterError: a gradient is missing, does not fit or shares memory with a parameter, or a schedule returned
-                something unusable; nothing has changed then.
+            KilterError: a gradient is missing, does not fit or shares memory with a parameter, a schedule returned
+                something unusable, or `groups` was changed into something unusable; nothing has changed then.
 
         Notes:
             Clipping by norm scales all gradients by min(1, clip_norm / (norm + 1e-6)); clipping by value limits each
-            element afterwards. Both see the gradients after division by the scale.
+            element afterwards. Both see the gradients after division by the scale. A norm or a check for non-finite
+            numbers reads the gradients once more.
         """
-        if scaler is not None and not isinstance(scaler, LossScaler):
-            fail("scaler", "a LossScaler", type(scaler).__name__)
+        return self._run(self._plan(grads), scaler)
+
+    def _plan(self, grads: Any) -> list[Pass]:
+        """Returns what is to be launched, bucket for bucket."""
+        self._check_groups()
         active = [bucket for bucket in self._buckets if not bucket.frozen]
         given = arrays.match(grads, self._structure, self.groups, active, self._frozen)
-        rules = [self._resolve(bucket) for bucket in active]
+        plan = []
+        for bucket, some in zip(active, given, strict=True):
+            options = self._options(bucket)
+            clock = self._advance(options, bucket.clock)
+            plan.append(Pass(bucket, some, self._rule(options, clock, bucket.slots), clock))
+        return plan
+
+    def _check_groups(self) -> None:
+        """Refuses groups whose keys or parameters are not those of construction any more."""
+        if not isinstance(self.groups, list) or len(self.groups) != len(self._laid_out):
+            fail("groups", f"a list of {len(self._laid_out)}; add_params adds one", "another")
+        for index, (group, params) in enumerate(zip(self.groups, self._laid_out, strict=True)):
+            if not isinstance(group, dict):
+                fail(f"groups[{index}]", "a dict", type(group).__name__)
+            if group.keys() != self._keys:
+                got = arrays.differences(self._keys - group.keys(), group.keys() - self._keys)
+                fail(f"groups[{index}]", f"the keys {', '.join(sorted(self._keys))}", got)
+            if group["params"] is not params:
+                fail(f"groups[{index}]", "the parameters of construction; add_params adds some", "others")
+
+    def _options(self, bucket: Bucket) -> dict[str, Any]:
+        """Returns a bucket's options at this call."""
+        group = self.groups[bucket.group]
+        options = {key: at(key, group[key], self.calls) for key in self._defaults}
+        self._check_options(options)
+        self._check_slots(bucket)
+        return options
+
+    def _check_slots(self, bucket: Bucket) -> None:
+        """Refuses options that need other state than those of construction; a velocity may lie idle."""
+        slots = self._slots(self.groups[bucket.group])
+        if slots != bucket.slots and slots != tuple(slot for slot in bucket.slots if slot.name != "velocity"):
+            own, others = (", ".join(map(str, some)) or "none" for some in (bucket.slots, slots))
+            fail(f"groups[{bucket.group}]", f"options that need the state of construction, {own}", others)
+
+    def _run(self, plan: list[Pass], scaler: LossScaler | None) -> StepReport:
+        """Measures, clips and takes the step, or skips it."""
+        if scaler is not None and not isinstance(scaler, LossScaler):
+            fail("scaler", "a LossScaler", type(scaler).__name__)
         scale = 1.0 if scaler is None else 1.0 / scaler.scale
         skip = scaler is not None if self.skip_nonfinite is None else self.skip_nonfinite
         norm, finite = None, True
-        work = list(zip(active, given, rules, strict=True))
         if skip or scaler is not None or self.track_norm or self.clip_norm is not None:
-            given, squares, finite = self._scan(work)
-            work = list(zip(active, given, rules, strict=True))
+            squares, finite = self._scan(plan)
             norm = math.sqrt(squares) * abs(scale)
-            if skip and not finite:
-                self._launch(work, 1.0, check_only=True)
-                self.calls += 1
-                if scaler is not None:
-                    scaler.update(False)
-                return StepReport(self.calls, self.applied, self._reported(norm), True)
-            if self.clip_norm is not None:
-                scale *= min(1.0, self.clip_norm / (norm + 1e-6))
-        if len(work) > 1:
-            self._launch(work, scale, check_only=True)
-        self._launch(work, scale)
+        skipped = skip and not finite
+        if norm is not None and self.clip_norm is not None and not skipped:
+            scale *= min(1.0, self.clip_norm / (norm + 1e-6))
+        if skipped or len(plan) > 1:
+            self._launch(plan, scale, _kilter.CHECK_ONLY)
+        if not skipped:
+            self._launch(plan, scale, 0)
+            self.applied += 1
+            for one in plan:
+                one.bucket.clock = one.clock
         self.calls += 1
-        self.applied += 1
-        for bucket, _, (_, clock) in work:
-            bucket.clock = clock
         if scaler is not None:
             scaler.update(finite)
-        return StepReport(self.calls, self.applied, self._reported(norm), False)
+        reported = norm if self.track_norm or self.clip_norm is not None else None
+        return StepReport(self.calls, self.applied, reported, skipped)
 
-    def _reported(self, norm: float | None) -> float | None:
-        return norm if self.track_norm or self.clip_norm is not None else None
-
-    def _resolve(self, bucket: Bucket) -> tuple[Rule, dict[str, float]]:
-        options = {key: self._value(value) for key, value in self.groups[bucket.group].items() if key != "params"}
-        self._check_options(options)
-        clock = self._advance(options, bucket.clock)
-        return self._rule(options, clock, bucket.slots), clock
-
-    def _value(self, value: Any) -> Any:
-        """Returns what an option is at this call: schedules read the number of calls so far."""
-        if callable(value):
-            return value(self.calls)
-        if isinstance(value, (tuple, list)):
-            return tuple(self._value(one) for one in value)
-        return value
-
-    def _scan(self, work: list[Any]) -> tuple[list[Any], float, bool]:
-        """Returns the gradients, the sum of their squares, and whether all are finite."""
+    def _scan(self, plan: list[Pass]) -> tuple[float, bool]:
+        """Returns the sum of the squares of the gradients, and whether everything that is given is finite."""
         xp, ops = self._backend
         found = xp.empty(2)
-        given, squares, finite = [], 0.0, True
-        for bucket, grads, _ in work:
-            given.append(arrays.retried(bucket, grads, partial(_scan_bucket, ops, bucket, found)))
-            squares += float(found[0])
+        squares, finite = 0.0, True
+        for one in plan:
+            one.scan(ops, found)
+            squares += float(found[0]) if one.of_gradients else 0.0
             finite = finite and found[1] == 1.0
-        return given, squares, finite
+        return squares, bool(finite)
 
-    def _launch(self, work: list[Any], scale: float, check_only: bool = False) -> None:
-        xp, ops = self._backend
+    def _launch(self, plan: list[Pass], scale: float, flags: int) -> None:
         limit = math.inf if self.clip_value is None else self.clip_value
-        scale = -scale if self.maximize else scale
-        flags = _kilter.CHECK_ONLY if check_only else 0
-        for bucket, grads, (rule, _) in work:
-            h = xp.array((scale, limit, *rule.scalars), "float64")
-            arrays.retried(bucket, grads, partial(_step_bucket, ops, bucket, rule.name, h, flags))
+        for one in plan:
+            one.launch(self._backend.ops, -scale if self.maximize else scale, limit, flags)
 
     # State.
 
@@ -296,7 +318,7 @@ class Optimizer:
         for index, group in enumerate(self.groups):
             for key, value in group.items():
                 if key != "params":
-                    state.update(_numbers(f"groups.{index}.{key}", value))
+                    state.update(numbers(f"groups.{index}.{key}", value))
         for bucket in self._buckets:
             for name, part in bucket.parts():
                 state.update({f"state.{name}.{slot}": array.copy() for slot, array in part["arrays"].items()})
@@ -309,6 +331,7 @@ class Optimizer:
         Raises:
             KilterError: the kind, a name or a shape differs; nothing has changed then.
         """
+        self._check_groups()
         own = self.state_dict()
         if not isinstance(state, Mapping):
             fail("state", "a dict", type(state).__name__)
@@ -322,39 +345,13 @@ class Optimizer:
         if missing or extra:
             fail("state", "the entries of these parameters", arrays.differences(missing, extra))
         loaded = {name: bucket.loaded(name, part, state) for bucket in self._buckets for name, part in bucket.parts()}
-        options = [_restored(group, f"groups.{index}", state) for index, group in enumerate(self.groups)]
+        options = [restored(group, f"groups.{index}", state) for index, group in enumerate(self.groups)]
         counts = [int(_check.number(f"state[{key}]", state[key], 0.0)) for key in ("calls", "applied")]
-        for group, restored in zip(self.groups, options, strict=True):
-            self._check_options(restored)
-            group.update(restored)
+        for group, found in zip(self.groups, options, strict=True):
+            self._check_options(found)
+            group.update(found)
         self.calls, self.applied = counts
         self._rebuild(state=loaded)
-
-
-def _scan_bucket(ops: Any, bucket: Bucket, found: Any, grads: list[Any]) -> None:
-    ops.grad_scan(bucket.names, grads, found)
-
-
-def _step_bucket(ops: Any, bucket: Bucket, rule: str, h: Any, flags: int, grads: list[Any]) -> None:
-    ops.step(rule, bucket.names, bucket.params, grads, bucket.state, bucket.masters, h, flags)
-
-
-def _numbers(key: str, value: Any) -> dict[str, Any]:
-    """Returns the numbers in an option under flat keys."""
-    if isinstance(value, (tuple, list)):
-        return {k: v for i, one in enumerate(value) for k, v in _numbers(f"{key}.{i}", one).items()}
-    return {key: value} if isinstance(value, (bool, int, float)) else {}
-
-
-def _restored(group: Mapping[str, Any], prefix: str, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a group's options with the numbers of `state` in place of its own; schedules stay."""
-
-    def value(key: str, own: Any) -> Any:
-        if isinstance(own, (tuple, list)):
-            return tuple(value(f"{key}.{i}", one) for i, one in enumerate(own))
-        return type(own)(state[key]) if isinstance(own, (bool, int, float)) and key in state else own
-
-    return {key: value(f"{prefix}.{key}", own) for key, own in group.items() if key != "params"}
 
 
 def decay_groups(params: Mapping[str, Any], weight_decay: float) -> list[dict[str, Any]]:

@@ -72,5 +72,5 @@ class LossScaler:
         """
         _check.entries(state, {"scale", "clean"})
         scale = _check.number("state[scale]", state["scale"], 0.0, 2.0**127, open_low=True)
-        self.clean = int(_check.number("state[clean]", state["clean"], 0.0, self.interval))
+        self.clean = int(_check.number("state[clean]", state["clean"], 0.0, self.interval - 1))
         self.scale = scale

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kilter import _check
 from kilter._check import fail
-from kilter.optim.base import MOST, Number, Optimizer, Rule
+from kilter.optim.arrays import Rule, Slot
+from kilter.optim.base import Optimizer
+from kilter.optim.options import Number, check_flags, check_numbers
 
 __all__ = ["SGD"]
+
+VELOCITY = (Slot("velocity"),)
 
 
 class SGD(Optimizer):
@@ -39,6 +42,8 @@ class SGD(Optimizer):
         skip_nonfinite: skip a step with a non-finite gradient; None means only with a scaler.
         master_dtype: "auto" keeps a float32 copy of 16-bit parameters, which is updated and rounded into them; None
             updates the 16-bit values themselves.
+        state_dtype: "float32" or "bfloat16" for the state of parameters that are not float64; None means float32. State
+            in bfloat16 is computed with in float32 and rounded to nearest even at each step.
 
     Raises:
         KilterError: an argument does not fit; the message names the parameter.
@@ -67,41 +72,39 @@ class SGD(Optimizer):
         track_norm: bool = False,
         skip_nonfinite: bool | None = None,
         master_dtype: str | None = "auto",
+        state_dtype: Any = None,
     ) -> None:
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "momentum": momentum,
-                "dampening": dampening,
-                "weight_decay": weight_decay,
-                "nesterov": nesterov,
-                "lr_inside": lr_inside,
-            },
-            maximize=maximize,
-            clip_norm=clip_norm,
-            clip_value=clip_value,
-            track_norm=track_norm,
-            skip_nonfinite=skip_nonfinite,
-            master_dtype=master_dtype,
-        )
+        options = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "lr_inside": lr_inside,
+        }
+        common = (maximize, clip_norm, clip_value, track_norm, skip_nonfinite, master_dtype, state_dtype)
+        super().__init__(params, options, *common)
 
     def _check_options(self, options: Mapping[str, Any]) -> None:
-        for key, high in (("lr", MOST), ("momentum", 1.0), ("dampening", 1.0), ("weight_decay", MOST)):
-            if not callable(options[key]):
-                _check.number(key, options[key], 0.0, high)
-        if options["nesterov"] and (options["momentum"] == 0.0 or options["dampening"] != 0.0):
-            fail("nesterov", "a momentum and no dampening", f"{options['momentum']:g} and {options['dampening']:g}")
+        check_numbers(options, "lr", "weight_decay")
+        check_numbers(options, "momentum", "dampening", high=1.0)
+        check_flags(options, "nesterov", "lr_inside")
+        if options["nesterov"] and options["dampening"] != 0.0:
+            fail("nesterov", "no dampening", options["dampening"])
 
-    def _slots(self, options: Mapping[str, Any]) -> tuple[str, ...]:
-        return () if options["momentum"] == 0.0 else ("velocity",)
+    def _slots(self, options: Mapping[str, Any]) -> tuple[Slot, ...]:
+        if options["momentum"] != 0.0:
+            return VELOCITY
+        if options["nesterov"]:  # a schedule of the momentum may pass zero
+            fail("nesterov", "a momentum", options["momentum"])
+        return ()
 
-    def _rule(self, options: Mapping[str, Any], clock: dict[str, float], slots: tuple[str, ...]) -> Rule:
+    def _rule(self, options: Mapping[str, Any], clock: dict[str, float], slots: tuple[Slot, ...]) -> Rule:
         lr, decay, momentum = options["lr"], options["weight_decay"], options["momentum"]
-        if "velocity" in slots:
-            rate = 1.0 if clock["t"] == 1 else 1.0 - options["dampening"]
-            inside, size = (lr, 1.0) if options["lr_inside"] else (1.0, lr)
-            return Rule("nesterov" if options["nesterov"] else "momentum", (decay, momentum, inside * rate, size))
-        if momentum != 0.0:
-            fail("momentum", "0, as at construction", momentum)
-        return Rule("sgd", (lr, decay))
+        if not slots:
+            return Rule("sgd", (lr, decay))
+        inside, size = (lr, 1.0) if options["lr_inside"] else (1.0, lr)
+        rate = inside if clock["t"] == 1 else inside * (1.0 - options["dampening"])
+        if options["nesterov"]:
+            return Rule("momentum", (decay, momentum, rate, size * momentum, size * rate))
+        return Rule("momentum", (decay, momentum, rate, size, 0.0))

@@ -5,6 +5,7 @@ from kilter.train.folder import RunFolder
 from kilter.train.job import Config, Job
 from kilter.train.loop import Callback, Row, State, fit
 from kilter.train.metrics import Metrics, evaluate
+from kilter.train.precise import recompute_batch_norm
 
 __all__ = [
     "Callback",
@@ -18,5 +19,6 @@ __all__ = [
     "evaluate",
     "fit",
     "load",
+    "recompute_batch_norm",
     "save",
 ]

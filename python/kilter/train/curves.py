@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import IO, Any
 
-from kilter.train._extra import extra
+from kilter.train import plot
 from kilter.train.loop import Row
-
-_TRAIN, _TEST, _INK, _GRID = "#3b6fb6", "#d1495b", "#333333", "#e3e3e3"
+from kilter.train.plot import INK
 
 
 def draw(file: IO[bytes], history: Sequence[Row], lr: tuple[Any, Any], *, title: str = "") -> None:
@@ -25,32 +24,24 @@ def draw(file: IO[bytes], history: Sequence[Row], lr: tuple[Any, Any], *, title:
     title
         Above the panels.
     """
-    extra("matplotlib")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    plot.draw(file, (12, 3.8), lambda figure: _panels(figure, history, lr), title=title)
 
-    figure = Figure(figsize=(12, 3.8), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
+
+def _panels(figure: Any, history: Sequence[Row], lr: tuple[Any, Any]) -> None:
     loss, accuracy, rate = figure.subplots(1, 3)
-    if title:
-        plain = title.encode("ascii", "backslashreplace").decode()  # what every font has
-        figure.suptitle(plain, fontsize=12, color=_INK, parse_math=False)
     epochs = len(history)
     _pair(loss, history, "loss", 1, "{:.3f}")
     _pair(accuracy, history, "accuracy", 100, "{:.1f} %")
-    rate.plot(*lr, color=_INK, linewidth=1.8, marker="o" if len(lr[0]) == 1 else None, markersize=4)
+    rate.plot(*lr, color=INK, linewidth=1.8, marker="o" if len(lr[0]) == 1 else None, markersize=4)
     for axes, name in ((loss, "loss"), (accuracy, "accuracy, %"), (rate, "learning rate")):
         _style(axes, name, epochs)
-    figure.savefig(file, format="png")
 
 
 def _pair(axes: Any, rows: Sequence[Row], key: str, unit: float, label: str) -> None:
     """Train and test curve, each named at its end."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
     ends: list[tuple[float, str, float, str]] = []
     settled: list[float] = []
-    for column, name, color in ((key, "train", _TRAIN), (f"valid_{key}", "test", _TEST)):
+    for column, name, color in ((key, "train", plot.COLORS[0]), (f"valid_{key}", "test", plot.COLORS[1])):
         points = [(row["epoch"] or 0, unit * value) for row in rows if (value := row[column]) is not None]
         if points:
             x, y = zip(*points, strict=True)
@@ -60,10 +51,7 @@ def _pair(axes: Any, rows: Sequence[Row], key: str, unit: float, label: str) -> 
     if not ends:
         return
     if key == "loss" and min(settled) > 0:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
-        axes.yaxis.set_minor_locator(NullLocator())
+        plot.plain_log(axes)
     if key == "accuracy" and max(settled) > min(settled):
         room = 0.08 * (max(settled) - min(settled))  # the first epoch may lie far below: cut it off
         axes.set_ylim(min(settled) - room, max(settled) + room)
@@ -93,22 +81,13 @@ def _apart(axes: Any, ends: Sequence[float]) -> list[float]:
 
 
 def _style(axes: Any, name: str, epochs: int) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set_title(name, loc="left", fontsize=10, color=_INK)
-    axes.set_xlabel("epoch", fontsize=9, color=_INK)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    axes.grid(color=_GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=_INK, labelsize=8, length=0)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(_GRID)
+    plot.style(axes, name, "epoch")
+    plot.whole_steps(axes)
     if epochs:
         first = 0 if name == "learning rate" else min(1, epochs - 1)
         axes.set_xlim(first - 0.02 * (epochs - first), epochs + 0.02 * (epochs - first))
     else:
         axes.set(xlim=(0, 1), ylim=(0, 1), xticks=[], yticks=[])
-        axes.text(0.5, 0.5, "no whole epoch", ha="center", va="center", color=_INK, fontsize=9)
+        axes.text(0.5, 0.5, "no whole epoch", ha="center", va="center", color=INK, fontsize=9)
     if epochs and name == "learning rate":
         axes.set_ylim(bottom=0)

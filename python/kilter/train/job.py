@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 
 from kilter import data as _data
-from kilter import nn, optim, schedule
+from kilter import nn
 from kilter._check import KilterError, number
 from kilter.data import Batches, Dataset
 from kilter.data.npz import read_npz
+from kilter.nn.models import NORMS
+from kilter.train import choices
+from kilter.train.choices import OPTIMIZERS, SCHEDULES
 from kilter.train.folder import RunFolder
 from kilter.train.loop import Row, fit
 
 MODELS = ("mlp",)
-NORMS = ("batch", "none")
-OPTIMIZERS = {"sgd": 0.1, "adam": 2e-3, "adamw": 2e-3}  # with the learning rate each starts from
-SCHEDULES = ("constant", "linear", "cosine", "one_cycle")
 SETS = {"digits": (30, (256, 128)), "fashion-mnist": (10, (256, 128))}  # epochs, hidden
 
 
@@ -125,8 +125,7 @@ class Job:
     def shape(self) -> str:
         """The network in words."""
         sizes = (math.prod(self.data.x_train.shape[1:]), *(self.config.hidden or ()), self.classes)
-        norm = "batch norm" if self.config.norm == "batch" else "no norm"
-        return f"{self.config.model} {'-'.join(map(str, sizes))}, {norm}"
+        return f"{self.config.model} {'-'.join(map(str, sizes))}, {NORMS[self.config.norm]}"
 
     def summary(self) -> str:
         """What was trained and what came out, for a person; empty before the first epoch."""
@@ -170,7 +169,7 @@ def _filled(config: Config) -> Config:
         config,
         epochs=epochs if config.epochs is None else config.epochs,
         hidden=hidden if config.hidden is None else config.hidden,
-        lr=OPTIMIZERS[config.optimizer] if config.lr is None else config.lr,
+        lr=OPTIMIZERS[config.optimizer].lr if config.lr is None else config.lr,
         warmup=float(config.schedule != "one_cycle") if config.warmup is None else config.warmup,
     )
     least = 2 if config.norm == "batch" else 1
@@ -187,27 +186,9 @@ def _filled(config: Config) -> Config:
 
 
 def _optimizer(config: Config, model: nn.Module, batches: int) -> Any:
-    lr, momentum = _schedules(config, batches)
-    params, decay = model.params(), config.weight_decay
-    if config.optimizer == "sgd":
-        return optim.SGD(params, lr, momentum=momentum, weight_decay=decay)
-    rule = optim.Adam if config.optimizer == "adam" else optim.AdamW
-    return rule(params, lr, betas=(momentum, 0.999), weight_decay=decay)
-
-
-def _schedules(config: Config, batches: int) -> tuple[Any, Any]:
-    """Schedules of the optimizer's steps: the learning rate; momentum or beta1."""
-    lr, momentum = config.lr or 0.0, 0.9
     warm = round((config.warmup or 0) * batches)
-    steps = max((config.epochs or 1) * batches - warm, 1)
-    if config.schedule == "one_cycle":
-        return schedule.one_cycle(lr, steps)
-    curve: Any = {
-        "constant": schedule.constant(lr),
-        "linear": schedule.linear(lr, 0.0, steps),
-        "cosine": schedule.cosine(lr, steps),
-    }[config.schedule]
-    return (schedule.warmup(curve, warm) if warm else curve), momentum
+    lr, momentum = choices.schedules(config.schedule, config.lr or 0.0, (config.epochs or 1) * batches, warm)
+    return choices.optimizer(config.optimizer, model.params(), lr, momentum, config.weight_decay)
 
 
 def _load(name: str) -> Dataset:

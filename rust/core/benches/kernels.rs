@@ -4,12 +4,16 @@
 //! and the core: forward 2 array sizes where a channel's data stays in cache, else 3; backward 3, else 5.
 //! `cargo bench -- WORD` runs the rows whose name contains WORD.
 
+use kilter_core::bf16;
 use kilter_core::init::{Fill, Normal};
 use kilter_core::kernel::{launch, threads};
+use kilter_core::norm::groups::{self, Grouped};
+use kilter_core::norm::rows::{Backward, Forward};
 use kilter_core::norm::{self, Affine, Data, Finish, Shape, Statistics, Upstream};
-use kilter_core::optim::rules::{Adam, AdamOptions};
-use kilter_core::optim::{Prepare, Step, Tensor};
+use kilter_core::optim::{Prepare, Step, Tensor, named};
 use kilter_core::probe::{Copy, Update};
+use kilter_core::real::Real;
+use kilter_core::storage::Storage;
 use std::time::{Duration, Instant};
 
 /// A row: a name, path bytes, the work, and the yardstick with its bytes.
@@ -58,10 +62,39 @@ fn report(mut row: Row<'_>, yard: &mut dyn FnMut(), yard_bytes: usize, yard_name
     );
 }
 
-fn filled(n: usize, stream: u32) -> Vec<f32> {
-    let mut values = vec![0.0; n];
+fn filled<S: Storage>(n: usize, stream: u32) -> Vec<S> {
+    let mut values = vec![S::default(); n];
     launch(Fill::new(&mut values, Normal, 1, stream, 0.0, 1.0));
     values
+}
+
+/// Layer norm, or RMS norm where not `centred`; forward and backward.
+fn row_norm<S: Storage>(
+    name: &str,
+    (rows, width): (usize, usize),
+    centred: bool,
+    copy: &mut dyn FnMut(),
+    copy_bytes: usize,
+) {
+    let (x, dy) = (filled::<S>(rows * width, 0), filled::<S>(rows * width, 1));
+    let mut out = vec![S::default(); rows * width];
+    let (gamma, beta) = (vec![S::Real::ONE; width], vec![S::Real::ZERO; width]);
+    let [mut hi, mut lo, mut rstd] = [(); 3].map(|()| vec![S::Real::ZERO; rows]);
+    let bytes = size_of_val(&x[..]);
+    {
+        let work = || {
+            let mean = centred.then_some([&mut hi[..], &mut lo[..]]);
+            launch(Forward::new(&x, None, [&gamma, &beta], 1e-5, mean, &mut rstd, &mut out).unwrap());
+        };
+        let name = format!("{name} ({rows}, {width}) forward");
+        report(Row { name, bytes: 2 * bytes, work: Box::new(work) }, copy, copy_bytes, "copy");
+    }
+    let work = || {
+        let mean = centred.then_some([&hi[..], &lo[..]]);
+        launch(Backward::new(&dy, &x, &gamma, mean, &rstd, None, &mut out).unwrap());
+    };
+    let name = format!("{name} ({rows}, {width}) backward");
+    report(Row { name, bytes: 3 * bytes, work: Box::new(work) }, copy, copy_bytes, "copy");
 }
 
 fn batch_norm(name: &str, shape: Shape, copy: &mut dyn FnMut(), copy_bytes: usize) {
@@ -103,25 +136,41 @@ fn batch_norm(name: &str, shape: Shape, copy: &mut dyn FnMut(), copy_bytes: usiz
     report(Row { name: format!("batch norm {name} backward"), bytes, work: Box::new(work) }, copy, copy_bytes, "copy");
 }
 
+/// Group norm, forward and backward; a group (with the channels `last`: a sample) is read again from a cache.
+fn group_norm<S: Storage>(name: &str, shape: Grouped, copy: &mut dyn FnMut(), copy_bytes: usize) {
+    let (x, dy) = (filled::<S>(shape.len(), 0), filled::<S>(shape.len(), 1));
+    let mut out = vec![S::default(); shape.len()];
+    let (gamma, beta) = (vec![S::Real::ONE; shape.channels()], vec![S::Real::ZERO; shape.channels()]);
+    let [mut mean, mut m2] = [(); 2].map(|()| vec![0.0; shape.groups()]);
+    let bytes = size_of_val(&x[..]);
+    {
+        let work = || groups::forward(&x, shape, 1e-5, &gamma, &beta, &mut mean, &mut m2, &mut out).unwrap();
+        report(
+            Row { name: format!("{name} forward"), bytes: 2 * bytes, work: Box::new(work) },
+            copy,
+            copy_bytes,
+            "copy",
+        );
+    }
+    let reads = groups::Reads { dy: &dy, x: &x, gamma: &gamma, mean: &mean, m2: &m2, eps: 1e-5 };
+    let work = || drop(groups::backward(reads, shape, &mut out).unwrap());
+    report(Row { name: format!("{name} backward"), bytes: 3 * bytes, work: Box::new(work) }, copy, copy_bytes, "copy");
+}
+
 fn adamw(name: &str, sizes: &[usize]) {
     let total: usize = sizes.iter().sum();
     let mut params: Vec<Vec<f32>> = sizes.iter().map(|n| filled(*n, 0)).collect();
     let grads: Vec<Vec<f32>> = sizes.iter().map(|n| filled(*n, 1)).collect();
     let (mut m, mut v) = (vec![0.0; total], vec![0.0; total]);
-    let rule = Adam::new(AdamOptions {
-        lr: 1e-3,
-        l2: 0.0,
-        keep: 1.0 - 1e-5,
-        beta1: 0.9,
-        beta2: 0.999,
-        eps: 1e-8,
-        bias1: 0.1,
-        bias2: 0.001,
-    });
+    let rule = named::<f32>("adam", &[0.0, 1.0 - 1e-5, 0.9, 0.999, 1e-8, 0.001, 1e-2, 0.0]).unwrap();
     let work = || {
-        let tensors =
-            params.iter_mut().zip(&grads).map(|(p, g)| Tensor::new("p", &mut p[..], &g[..]).unwrap()).collect();
-        Step::new(rule, Prepare::new(1.0, f64::INFINITY), tensors, [&mut m, &mut v], None).unwrap().launch();
+        let tensors = params
+            .iter_mut()
+            .zip(&grads)
+            .map(|(p, g)| Tensor::new("p", f32::stored(p), f32::source(g)).unwrap())
+            .collect();
+        let slots = vec![f32::stored(&mut m), f32::stored(&mut v)];
+        Step::new(&*rule, Prepare::new(1.0, f64::INFINITY), tensors, vec![], slots, None).unwrap().launch();
     };
     let mut arrays = [filled(total, 2), filled(total, 3), filled(total, 4)];
     let g = filled(total, 5);
@@ -151,6 +200,20 @@ fn main() {
     ];
     for (name, (outer, channels, inner)) in shapes {
         batch_norm(name, Shape { outer, channels, inner }, &mut copy, 8 * n);
+    }
+    for shape in [(4096, 1024), (16384, 768), (512, 512), (131_072, 64), (64, 65_536)] {
+        row_norm::<f32>("layer norm", shape, true, &mut copy, 8 * n);
+        row_norm::<f32>("RMS norm", shape, false, &mut copy, 8 * n);
+        row_norm::<bf16>("bf16 layer norm", shape, true, &mut copy, 8 * n);
+        row_norm::<bf16>("bf16 RMS norm", shape, false, &mut copy, 8 * n);
+    }
+    for (samples, c, side) in [(8, 320, 64), (8, 1280, 16)] {
+        for last in [false, true] {
+            let shape = Grouped::new(samples, c, side * side, 32, last).unwrap();
+            let sizes = if last { [samples, side, side, c] } else { [samples, c, side, side] };
+            group_norm::<f32>(&format!("group norm {sizes:?}"), shape, &mut copy, 8 * n);
+            group_norm::<bf16>(&format!("bf16 group norm {sizes:?}"), shape, &mut copy, 8 * n);
+        }
     }
     adamw("25M", &[25_000_000]);
     adamw("200 x 1,000", &[1000; 200]);

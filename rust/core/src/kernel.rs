@@ -42,10 +42,15 @@ const PARTS: usize = 32;
 const SPINS: usize = 2000;
 
 /// Below this many bytes one thread is faster than waking a second.
-const PARALLEL_BYTES: usize = 6 << 20;
+const PARALLEL_BYTES: usize = 3 << 20;
 
 /// Runs a kernel on as many threads as it is worth, and merges the parts along a tree that depends on the shape only.
 pub fn launch<K: Kernel>(kernel: K) -> K::Out {
+    launch_on(threads(), kernel)
+}
+
+/// [`launch`] on at most so many threads: the same bits. On one where the kernel is part of what all threads do.
+pub(crate) fn launch_on<K: Kernel>(threads: usize, kernel: K) -> K::Out {
     let bytes = kernel.bytes();
     let grain = GRAIN.max(bytes / PARTS);
     if bytes <= grain {
@@ -63,7 +68,7 @@ pub fn launch<K: Kernel>(kernel: K) -> K::Out {
             }
         }
     };
-    let helpers = if bytes < PARALLEL_BYTES { 0 } else { threads().min(parts.len()) - 1 };
+    let helpers = if bytes < PARALLEL_BYTES { 0 } else { threads.min(parts.len()) - 1 };
     share(&work, helpers);
     tree.merge(&parts)
 }

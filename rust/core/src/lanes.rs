@@ -236,10 +236,11 @@ impl<R: Real, const M: usize> Sum<R, M> {
         f: &impl Fn([R; N], [R; K]) -> [R; M],
     ) {
         let n = x[0].len();
+        let mut lanes = if self.filled == 0 { [[[R::ZERO; LANES]; 2]; M] } else { self.lanes };
         if level.compact() {
+            self.lanes = lanes;
             return self.one_by_one(&x, &v, f);
         }
-        let mut lanes = self.lanes;
         let mut i = 0;
         while i + 2 * LANES <= n {
             for ahead in ahead {
@@ -272,17 +273,27 @@ impl<R: Real, const M: usize> Sum<R, M> {
         f: &impl Fn([R; N], [R; K]) -> [R; M],
     ) {
         let n = x[0].len();
-        let whole = n / LANES;
-        for i in 0..n {
-            let (group, l) = (i / LANES, i % LANES);
-            let half = if group < whole { group % 2 } else { 1 };
-            let values = f(from_fn(|k| x[k][i].widen()), from_fn(|k| v[k][i]));
-            for m in 0..M {
-                self.lanes[m][half][l] = self.lanes[m][half][l] + values[m];
+        let (x, v) = (x.map(|x| &x[..n]), v.map(|v| &v[..n]));
+        for (group, from) in (0..n).step_by(LANES).enumerate() {
+            let len = LANES.min(n - from);
+            let half = if len == LANES { group % 2 } else { 1 };
+            for l in 0..len {
+                let values = f(from_fn(|k| x[k][from + l].widen()), from_fn(|k| v[k][from + l]));
+                for m in 0..M {
+                    self.lanes[m][half][l] = self.lanes[m][half][l] + values[m];
+                }
             }
         }
     }
 
+    /// Starts anew, before something is added.
+    #[inline(always)]
+    pub fn clear(&mut self) {
+        self.wide = [[0.0; LANES]; M];
+        self.filled = 0;
+    }
+
+    /// Without values in them, the lanes count as zero.
     #[inline(always)]
     fn empty(&mut self) {
         for m in 0..M {
@@ -290,7 +301,6 @@ impl<R: Real, const M: usize> Sum<R, M> {
                 self.wide[m][l] += (self.lanes[m][0][l] + self.lanes[m][1][l]).to_f64();
             }
         }
-        self.lanes = [[[R::ZERO; LANES]; 2]; M];
         self.filled = 0;
     }
 
@@ -309,6 +319,30 @@ impl<R: Real, const M: usize> Sum<R, M> {
             lanes[0]
         })
     }
+}
+
+/// [`Sum::total`] of the first `n`. Step by step for all of them: each step is a loop over arrays in memory, of which
+/// compilers make wide registers.
+#[inline(always)]
+pub fn totals<R: Real, const M: usize, const G: usize>(sums: &[Sum<R, M>; G], n: usize) -> [[f64; M]; G] {
+    let mut quarters = [[[0.0; 4]; M]; G];
+    for k in 0..n {
+        for m in 0..M {
+            let ([left, right], wide) = (&sums[k].lanes[m], &sums[k].wide[m]);
+            for l in 0..4 {
+                let lane = |l: usize| wide[l] + (left[l] + right[l]).to_f64();
+                quarters[k][m][l] = (lane(l) + lane(l + 8)) + (lane(l + 4) + lane(l + 12));
+            }
+        }
+    }
+    let mut totals = [[0.0; M]; G];
+    for k in 0..n {
+        for m in 0..M {
+            let [a, b, c, d] = quarters[k][m];
+            totals[k][m] = (a + c) + (b + d);
+        }
+    }
+    totals
 }
 
 #[inline(always)]

@@ -10,7 +10,8 @@
 //! * [`kernel`]: the trait of everything that runs, and [`kernel::launch`], which splits it over threads.
 //! * [`lanes`]: the two loops that kernels are made of: map over runs, sum over runs.
 //! * [`moments`]: count, mean and centred second moment: per block, and merged.
-//! * [`norm`]: batch norm over planes (channels first) and over columns (channels last).
+//! * [`norm`]: batch norm over planes (channels first) and over columns (channels last); layer and RMS norm over
+//!   rows; group and instance norm.
 //! * [`ema`]: exponential moving averages.
 //! * [`optim`]: one Step kernel that carries every update rule over many tensors.
 //! * [`rng`], [`init`]: Philox4x32-10 and the fills made from it.

@@ -95,7 +95,8 @@ impl Channels {
         Self { first, count: 0.0, mean: vec![0.0; n], m2: vec![0.0; n] }
     }
 
-    /// Appends the channels that follow.
+    /// Appends the channels that follow. Not inlined: once for many channels.
+    #[inline(never)]
     pub fn append(&mut self, other: Self) {
         self.count = self.count.max(other.count);
         self.mean.extend(other.mean);

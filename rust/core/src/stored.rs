@@ -7,6 +7,7 @@ use crate::real::Real;
 use crate::simd::{self, Level};
 use crate::storage::Storage;
 use half::{bf16, f16};
+use std::hint::black_box;
 use std::ops::Range;
 
 /// An array that is read. The 16-bit ones have the arithmetic of f32.
@@ -74,20 +75,15 @@ impl<'a, T: Real> Source<'a, T> {
             return &x[at];
         }
         let to = &mut scratch[..at.len()];
-        self.load(level, at, to, false);
+        self.load(level, at, to);
         to
     }
 
-    /// Adds some elements to `to`.
-    pub fn add(self, level: Level, at: Range<usize>, to: &mut [T]) {
-        self.load(level, at, to, true);
-    }
-
-    fn load(self, level: Level, at: Range<usize>, to: &mut [T], add: bool) {
+    fn load(self, level: Level, at: Range<usize>, to: &mut [T]) {
         match self {
-            Source::Real(x) => simd::enter(level, Load { from: &x[at], to, add }),
-            Source::F16(x) => simd::enter(level, Load { from: &x[at], to, add }),
-            Source::Bf16(x) => simd::enter(level, Load { from: &x[at], to, add }),
+            Source::Real(x) => to.copy_from_slice(&x[at]),
+            Source::F16(x) => simd::enter(level, Load { from: &x[at], to }),
+            Source::Bf16(x) => simd::enter(level, Load { from: &x[at], to }),
         }
     }
 }
@@ -117,7 +113,7 @@ impl<'a, T: Real> Stored<'a, T> {
             return &mut x[at];
         }
         let to = &mut scratch[..at.len()];
-        self.source().load(level, at, to, false);
+        self.source().load(level, at, to);
         to
     }
 
@@ -142,11 +138,21 @@ fn pair<A, B>((left, right): (A, A), wrap: impl Fn(A) -> B) -> (B, B) {
     (wrap(left), wrap(right))
 }
 
-/// Widens: `to = from`, or `to = to + from` with `add`. A part of other kernels: it is not split.
+/// `L` elements from `i` on, widened.
+#[inline(always)]
+fn widened<T: Real, S: Storage, const L: usize>(level: Level, from: &[S], i: usize) -> [T; L] {
+    let x: [S::Real; L] = S::load_at(level, &from[i..i + L]);
+    let mut to = [T::ZERO; L];
+    for l in 0..L {
+        to[l] = T::from_f64(x[l].to_f64());
+    }
+    to
+}
+
+/// Widens: `to = from`. A part of other kernels: it is not split.
 struct Load<'a, T, S> {
     from: &'a [S],
     to: &'a mut [T],
-    add: bool,
 }
 
 impl<T: Real, S: Storage> Kernel for Load<'_, T, S> {
@@ -166,21 +172,10 @@ impl<T: Real, S: Storage> Kernel for Load<'_, T, S> {
         let (from, to) = (self.from, &mut self.to[..n]);
         let mut i = 0;
         while i + LANES <= n && !level.compact() {
-            let x: [S::Real; LANES] = S::load_at(level, &from[i..i + LANES]);
-            let mut sum = [T::ZERO; LANES];
-            for l in 0..LANES {
-                sum[l] = T::from_f64(x[l].to_f64());
-            }
-            if self.add {
-                let before: [T; LANES] = T::load(&to[i..i + LANES]);
-                for l in 0..LANES {
-                    sum[l] = before[l] + sum[l];
-                }
-            }
-            T::store(sum, &mut to[i..i + LANES]);
+            T::store(widened::<T, S, LANES>(level, from, i), &mut to[i..i + LANES]);
             i += LANES;
         }
-        load_rest(&from[i..], &mut to[i..], self.add);
+        load_rest(&from[i..], &mut to[i..]);
     }
 
     fn merge(_: (), _: ()) {}
@@ -188,11 +183,81 @@ impl<T: Real, S: Storage> Kernel for Load<'_, T, S> {
 
 /// The few elements after the groups, or all at a compact level. Not inlined: one small copy serves every level.
 #[inline(never)]
-fn load_rest<T: Real, S: Storage>(from: &[S], to: &mut [T], add: bool) {
+fn load_rest<T: Real, S: Storage>(from: &[S], to: &mut [T]) {
     for (to, from) in to.iter_mut().zip(from) {
-        let x = T::from_f64(from.widen().to_f64());
-        *to = if add { *to + x } else { x };
+        *to = T::from_f64(from.widen().to_f64());
     }
+}
+
+/// How far ahead memory is asked for the rows of a sum, in elements: there may be more rows than it foresees by itself.
+const AHEAD: usize = 8 * LANES;
+
+/// Adds up rows from an element on, the first row first. A part of other kernels: it is not split.
+pub(crate) struct Sum<'a, 'b, T> {
+    /// The rows, all of one length.
+    pub rows: &'a [Stored<'b, T>],
+    /// The first element of each.
+    pub from: usize,
+    /// The sums.
+    pub to: &'a mut [T],
+}
+
+impl<T: Real> Sum<'_, '_, T> {
+    #[inline(always)]
+    fn group<const L: usize>(&mut self, level: Level, i: usize) {
+        let (at, mut sum) = (self.from + i, [T::ZERO; L]);
+        for row in self.rows {
+            let x = match row {
+                Stored::Real(x) => ahead_of::<T, T, L>(level, x, at),
+                Stored::F16(x) => ahead_of(level, x, at),
+                Stored::Bf16(x) => ahead_of(level, x, at),
+            };
+            for l in 0..L {
+                sum[l] = sum[l] + x[l];
+            }
+        }
+        T::store(sum, &mut self.to[i..i + L]);
+    }
+
+    /// See [`load_rest`].
+    #[inline(never)]
+    fn rest(&mut self, from: usize) {
+        for i in from..self.to.len() {
+            self.group::<1>(Level::Baseline, black_box(i));
+        }
+    }
+}
+
+#[inline(always)]
+fn ahead_of<T: Real, S: Storage, const L: usize>(level: Level, x: &[S], i: usize) -> [T; L] {
+    if L > 1 && i + AHEAD < x.len() {
+        simd::prefetch(&x[i + AHEAD]);
+    }
+    widened(level, x, i)
+}
+
+impl<T: Real> Kernel for Sum<'_, '_, T> {
+    type Out = ();
+
+    fn bytes(&self) -> usize {
+        size_of_val(self.to) * (1 + self.rows.len())
+    }
+
+    fn halve(self) -> Result<(Self, Self), Self> {
+        Err(self)
+    }
+
+    #[inline(always)]
+    fn run(mut self, level: Level) {
+        let mut i = 0;
+        while i + LANES <= self.to.len() && !level.compact() {
+            self.group::<LANES>(level, i);
+            i += LANES;
+        }
+        self.rest(i);
+    }
+
+    fn merge(_: (), _: ()) {}
 }
 
 /// Rounds: `to = from`. A part of other kernels: it is not split.

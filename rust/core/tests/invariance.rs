@@ -2,22 +2,21 @@
 
 mod common;
 
-use common::{INPUTS, about, bits, numbers, pass};
+use common::{INPUTS, RULES, Rule, about, bits, numbers, pass, state_of, step};
+use kilter_core::bf16;
 use kilter_core::ema::Ema;
 use kilter_core::init::{Fill, Normal, Uniform, Variate, Words};
 use kilter_core::kernel::{Kernel, launch};
+use kilter_core::norm::groups::{self, Grouped};
+use kilter_core::norm::rows::{Backward, Forward, Residual};
 use kilter_core::norm::{self, Affine, Shape};
-use kilter_core::optim::rules::{Adam, AdamOptions, AmsGrad};
-use kilter_core::optim::{Prepare, Rule, Scan, Step, Tensor};
+use kilter_core::optim::Scan;
 use kilter_core::probe::{Copy, Update};
 use kilter_core::real::Real;
 use kilter_core::simd::{Level, run_at};
 use kilter_core::storage::Storage;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::process::Command;
-
-const ADAM: AdamOptions =
-    AdamOptions { lr: 1e-2, l2: 0.1, keep: 0.99, beta1: 0.9, beta2: 0.999, eps: 1e-8, bias1: 0.1, bias2: 0.001 };
 
 /// Runs the parts that `launch` makes, one after the other.
 fn tree<K: Kernel>(level: Level, kernel: K) -> K::Out {
@@ -89,22 +88,22 @@ fn ema<S: Storage>(n: usize, runner: &impl Runner) -> Vec<u64> {
     bits(&s)
 }
 
-/// Over tensors of several lengths, some of them empty.
-fn step<S: Storage, const N: usize>(n: usize, rule: impl Rule<S::Real, N>, runner: &impl Runner) -> Vec<u64> {
+/// Over tensors of several lengths, some of them empty; with masters or without.
+fn stepped<S: Storage, A: Storage<Real = S::Real>>(
+    n: usize,
+    rule: Rule,
+    masters: bool,
+    runner: &impl Runner,
+) -> Vec<u64> {
     let (mut p, g) = (numbers::<S>(n, 1), numbers::<S>(n, 2));
-    let mut state = [(); N].map(|()| about::<S::Real>(4.0, n, 3));
-    let mut masters = numbers::<S::Real>(n, 4);
-    let (mut tensors, mut rest) = (Vec::new(), &mut p[..]);
+    let (mut state, mut exact) = (state_of::<A>(rule, n), numbers::<S::Real>(if masters { n } else { 0 }, 4));
+    let (mut lengths, mut left) = (vec![], n);
     for cut in [0, 1, n / 3, 0, 37, n] {
-        let (tensor, after) = rest.split_at_mut(cut.min(rest.len()));
-        let from = n - after.len() - tensor.len();
-        let g = &g[from..from + tensor.len()];
-        tensors.push(Tensor::new("p", tensor, g).unwrap());
-        rest = after;
+        lengths.push(cut.min(left));
+        left -= cut.min(left);
     }
-    let slots = state.each_mut().map(|slot| &mut slot[..]);
-    runner.run(Step::new(rule, Prepare::new(0.5, 1.0), tensors, slots, Some(&mut masters)).unwrap());
-    [bits(&p), bits(&masters), state.map(|slot| bits(&slot)).concat()].concat()
+    step(rule, &lengths, &mut p, &g, &mut state, &mut exact, |step| runner.run(step));
+    [bits(&p), bits(&exact), state.iter().flat_map(|slot| bits(slot)).collect()].concat()
 }
 
 fn words(n: usize, runner: &impl Runner) -> Vec<u64> {
@@ -122,16 +121,19 @@ fn probes(n: usize, runner: &impl Runner) -> Vec<u64> {
 }
 
 fn elementwise<S: Storage>(n: usize, runner: &impl Runner) -> Vec<Vec<u64>> {
-    let adam = Adam::new(ADAM);
-    vec![
+    // Of long arrays a few: how they are split is not the rules' affair.
+    let rules = if n > 10_000 { &RULES[8..11] } else { &RULES[..] };
+    let steps = rules.iter().map(|rule| stepped::<S, S::Real>(n, *rule, rule.3 == 2, runner));
+    let mut all = vec![
         fill::<S>(n, Normal, runner),
         fill::<S>(n, Uniform, runner),
         ema::<S>(n, runner),
-        step::<S, 2>(n, adam, runner),
-        step::<S, 3>(n, AmsGrad(adam), runner),
         words(n, runner),
         probes(n, runner),
-    ]
+        stepped::<bf16, bf16>(n, RULES[10], true, runner),
+    ];
+    all.extend(steps);
+    all
 }
 
 fn elementwise_is_the_same_for_every_split<S: Storage>() {
@@ -159,7 +161,7 @@ fn elementwise_kernels() {
 fn a_scan_follows_one_tree<S: Storage>() {
     for n in [0, 1, 100, 4097, 1_500_000] {
         let x = about::<S>(10.0, n, 1);
-        let scan = || Scan::new(vec![&x[..n / 3], &x[n / 3..]]);
+        let scan = || Scan::new(vec![S::source(&x[..n / 3]), S::source(&x[n / 3..])]);
         let launched = launch(scan());
         let exact: f64 = x.iter().map(|x| x.widen().to_f64().powi(2)).sum();
         assert!((launched.squares - exact).abs() <= 1e-12 * exact && launched.finite);
@@ -208,6 +210,48 @@ fn one_call_equals_several() {
     }
 }
 
+/// Rows alone, in groups that are not full, of several blocks, and so many that they are split.
+const ROWS: [(usize, usize); 9] =
+    [(0, 3), (1, 1), (5, 16), (37, 3), (70, 64), (33, 4097), (3, 70_001), (9000, 65), (700, 1000)];
+
+/// Layer norm or RMS norm, forward and backward, with a residual and the gradient of the sum where `extra`.
+fn row_norm<S: Storage>(
+    (rows, width): (usize, usize),
+    (centred, extra): (bool, bool),
+    forward: &impl Runner,
+    backward: impl FnOnce(Backward<'_, S>) -> norm::Sums,
+) -> Vec<u64> {
+    let n = rows * width;
+    let (x, dy, other) = (about::<S>(3.0, n, 1), numbers::<S>(n, 2), numbers::<S>(n, 3));
+    let (gamma, beta) = (about::<S::Real>(1.0, width, 4), numbers::<S::Real>(width, 5));
+    let [mut hi, mut lo, mut rstd] = [(); 3].map(|()| vec![S::Real::ZERO; rows]);
+    let (mut y, mut dx, mut sum) = (x.clone(), x.clone(), x.clone());
+    let mean = centred.then_some([&mut hi[..], &mut lo[..]]);
+    let residual = extra.then_some(Residual { residual: &other, sum: &mut sum });
+    forward.run(Forward::new(&x, residual, [&gamma, &beta], 1e-5, mean, &mut rstd, &mut y).unwrap());
+    let mean = centred.then_some([&hi[..], &lo[..]]);
+    let dsum = extra.then_some(&other[..]);
+    let sums = backward(Backward::new(&dy, &sum, &gamma, mean, &rstd, dsum, &mut dx).unwrap());
+    [bits(&y), bits(&sum), bits(&hi), bits(&lo), bits(&rstd), bits(&dx), bits(&sums.dy), bits(&sums.dy_xhat)].concat()
+}
+
+fn rows_are_the_same_for_every_split<S: Storage>() {
+    for shape in ROWS {
+        for kind in [(true, false), (true, true), (false, false)] {
+            let whole = row_norm::<S>(shape, kind, &Launch, |kernel| launch(kernel));
+            for level in Level::ALL {
+                let split = row_norm::<S>(shape, kind, &Shatter(level, 30), |kernel| tree(level, kernel));
+                assert!(whole == split, "{shape:?} {kind:?} at {level:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn rows() {
+    every_dtype!(rows_are_the_same_for_every_split);
+}
+
 /// An array so large that it is split, against its samples one by one.
 #[test]
 fn normalising_a_large_array_equals_normalising_its_parts() {
@@ -225,6 +269,58 @@ fn normalising_a_large_array_equals_normalising_its_parts() {
     }
 }
 
+/// Everything that group norm gives, forward and backward.
+fn group_norm<S: Storage>(x: &[S], dy: &[S], shape: Grouped) -> Vec<Vec<u64>> {
+    let (gamma, beta) = (about::<S::Real>(1.0, shape.channels(), 4), numbers::<S::Real>(shape.channels(), 5));
+    let [mut mean, mut m2] = [(); 2].map(|()| vec![0.0; shape.groups()]);
+    let (mut y, mut dx) = (x.to_vec(), x.to_vec());
+    groups::forward(x, shape, 1e-5, &gamma, &beta, &mut mean, &mut m2, &mut y).unwrap();
+    let reads = groups::Reads { dy, x, gamma: &gamma, mean: &mean, m2: &m2, eps: 1e-5 };
+    let sums = groups::backward(reads, shape, &mut dx).unwrap();
+    vec![bits(&y), bits(&mean), bits(&m2), bits(&dx), bits(&sums.dy), bits(&sums.dy_xhat)]
+}
+
+/// (samples, channels, inner, groups): by places and by runs, in chunks of several groups and of one.
+const GROUPED: [(usize, usize, usize, usize); 7] = [
+    (3, 12, 1, 4),
+    (5, 6, 49, 6),
+    (40, 64, 49, 8),
+    (9, 6, 70, 2),
+    (20, 48, 361, 16),
+    (6, 4, 20_000, 2),
+    (70, 600, 1, 3),
+];
+
+fn a_sample_is_the_same_alone<S: Storage>(last: bool) {
+    for (samples, channels, inner, parts) in GROUPED {
+        let shape = Grouped::new(samples, channels, inner, parts, last).unwrap();
+        let one = Grouped::new(1, channels, inner, parts, last).unwrap();
+        let (x, dy) = (about::<S>(3.0, shape.len(), 1), numbers::<S>(shape.len(), 2));
+        let whole = group_norm(&x, &dy, shape);
+        let alone: Vec<_> =
+            x.chunks(one.len()).zip(dy.chunks(one.len())).map(|(x, dy)| group_norm(x, dy, one)).collect();
+        for k in 0..4 {
+            let parts: Vec<u64> = alone.iter().flat_map(|results| results[k].clone()).collect();
+            assert!(whole[k] == parts, "result {k} of {shape:?}");
+        }
+        // The gradients of gamma and beta are the sums over the samples, but for the order of adding.
+        for k in 4..6 {
+            for c in 0..channels {
+                let exact: f64 = alone.iter().map(|results| f64::from_bits(results[k][c])).sum();
+                let size = (samples * inner) as f64;
+                assert!((f64::from_bits(whole[k][c]) - exact).abs() <= 1e-6 * size, "sum {k}, {c} of {shape:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn samples_are_independent() {
+    for last in [false, true] {
+        every_dtype!(a_sample_is_the_same_alone, last);
+    }
+}
+
 /// Prints a hash of everything; run by [`threads_and_levels`] in processes of their own, as both are chosen once.
 #[test]
 #[ignore = "a part of threads_and_levels"]
@@ -236,10 +332,22 @@ fn print_hash() {
             pass::<f32>(shape, inputs, true).results.hash(&mut hash);
         }
         pass::<f64>(shape, INPUTS[3], true).results.hash(&mut hash);
-        pass::<kilter_core::bf16>(shape, INPUTS[1], false).results.hash(&mut hash);
+        pass::<bf16>(shape, INPUTS[1], false).results.hash(&mut hash);
         pass::<kilter_core::f16>(shape, INPUTS[1], false).results.hash(&mut hash);
     }
+    for shape in [(30_000, 64), (3000, 1000), (40, 65_537)] {
+        row_norm::<f32>(shape, (true, true), &Launch, |kernel| launch(kernel)).hash(&mut hash);
+        row_norm::<bf16>(shape, (false, false), &Launch, |kernel| launch(kernel)).hash(&mut hash);
+    }
     elementwise::<f32>(600_000, &Launch).hash(&mut hash);
+    let large = [(3, 2, 1_000_000, 1), (1, 6, 700_000, 3), (2000, 8, 49, 8), (4, 64, 5000, 16), (3000, 300, 1, 30)];
+    for (samples, channels, inner, parts) in GROUPED.into_iter().chain(large) {
+        for last in [false, true] {
+            let shape = Grouped::new(samples, channels, inner, parts, last).unwrap();
+            let (x, dy) = (about::<f32>(3.0, shape.len(), 1), numbers::<f32>(shape.len(), 2));
+            group_norm(&x, &dy, shape).hash(&mut hash);
+        }
+    }
     println!("hash {:x} {:?} {}", hash.finish(), kilter_core::simd::level(), kilter_core::kernel::threads());
 }
 

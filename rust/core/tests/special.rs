@@ -94,7 +94,7 @@ fn nothing_is_nothing<S: Storage>(inputs: Inputs) {
             assert_eq!(named(&empty, "sum_dy"), vec![0; shape.channels], "{shape:?} with {inputs:?}");
         }
     }
-    let found = launch(Scan::<S>::new(vec![&[], &[]]));
+    let found = launch(Scan::new(vec![S::source(&[]), S::source(&[])]));
     assert_eq!((found.squares, found.finite), (0.0, true));
 }
 
@@ -215,10 +215,10 @@ fn a_scan_tells_finite_from_not<S: Storage>() {
     for n in [1, 16, 17, 5000] {
         for place in [0, n / 2, n - 1] {
             let mut g = numbers::<S>(n, 1);
-            assert!(launch(Scan::new(vec![&g[..]])).finite);
+            assert!(launch(Scan::new(vec![S::source(&g)])).finite);
             for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
                 g[place] = S::narrow(S::Real::from_f64(bad));
-                assert!(!launch(Scan::new(vec![&g[..]])).finite, "{bad} at {place} of {n}");
+                assert!(!launch(Scan::new(vec![S::source(&g)])).finite, "{bad} at {place} of {n}");
             }
         }
     }
@@ -228,6 +228,6 @@ fn a_scan_tells_finite_from_not<S: Storage>() {
 fn scans() {
     every_dtype!(a_scan_tells_finite_from_not);
     // Finite gradients may have squares that are not.
-    let found = launch(Scan::new(vec![&[1e200f64, 1.0][..]]));
+    let found = launch(Scan::new(vec![f64::source(&[1e200, 1.0])]));
     assert_eq!((found.squares, found.finite), (f64::INFINITY, true));
 }

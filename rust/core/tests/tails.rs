@@ -2,15 +2,14 @@
 
 mod common;
 
-use common::{bits, integers, numbers};
+use common::{RULES, bits, integers, numbers, state_of, step};
 use kilter_core::init::{Fill, Normal, Uniform, Words};
-use kilter_core::lanes::{LANES, Stores, Sum, map};
-use kilter_core::optim::rules::{Adam, AdamOptions, AmsGrad, Momentum, Nesterov, Sgd};
-use kilter_core::optim::{Prepare, Rule, Step, Tensor};
+use kilter_core::lanes::{LANES, Stores, Sum, map, map_add, totals};
 use kilter_core::real::Real;
 use kilter_core::rng::{GROUP, group, normal_pair, unit};
 use kilter_core::simd::{Level, run_at};
 use kilter_core::storage::Storage;
+use kilter_core::{bf16, f16};
 use std::array::from_fn;
 
 /// All short lengths, and those about the ends of a chain (512) and of a block (4096).
@@ -54,12 +53,41 @@ fn maps() {
     every_dtype!(map_reaches_every_element);
 }
 
+fn map_adds_every_element<S: Storage>() {
+    let (x, v) = (numbers::<S>(LONGEST + LANES, 1), numbers::<S::Real>(LONGEST + LANES, 2));
+    for n in lengths() {
+        let at = n % LANES..n % LANES + n;
+        for (level, stores) in LOOPS.into_iter().flat_map(|level| STORES.map(|stores| (level, stores))) {
+            let (mut y, mut a, mut b) = (x.clone(), v.clone(), v.clone());
+            let sums = [&mut a[at.clone()], &mut b[at.clone()]];
+            let (from, to) = ([&x[at.clone()]], [&mut y[at.clone()]]);
+            map_add(level, from, [&v[at.clone()]], to, sums, stores, [&[]; 1], |[x], [v]| ([x * v], [x, x - v]));
+            for i in 0..x.len() {
+                let (wide, inside) = (x[i].widen(), at.contains(&i));
+                let wanted = if inside {
+                    (S::narrow(wide * v[i]), v[i] + wide, v[i] + (wide - v[i]))
+                } else {
+                    (x[i], v[i], v[i])
+                };
+                assert!((y[i], a[i], b[i]) == wanted, "place {i} of {at:?}, {stores:?} at {level:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn maps_with_sums() {
+    every_dtype!(map_adds_every_element);
+}
+
 /// Sums of whole numbers are exact in every order: each element must count exactly once.
 fn sums_count_every_element<S: Storage>() {
     let (x, w) = (integers::<S>(LONGEST, 1), integers::<S::Real>(LONGEST, 2));
     for n in lengths() {
         // In one run, and in three, so that a run starts inside a chain.
-        for (level, cuts) in LOOPS.into_iter().flat_map(|level| [[0, n, n], [0, n / 3, n / 2]].map(|cuts| (level, cuts))) {
+        for (level, cuts) in
+            LOOPS.into_iter().flat_map(|level| [[0, n, n], [0, n / 3, n / 2]].map(|cuts| (level, cuts)))
+        {
             let mut sum = Sum::<S::Real, 2>::ZERO;
             for run in [cuts[0]..cuts[1], cuts[1]..cuts[2], cuts[2]..n] {
                 sum.add(level, [&x[run.clone()]], [&w[run]], [], |[x], [w]| [x, x * w]);
@@ -67,6 +95,12 @@ fn sums_count_every_element<S: Storage>() {
             let plain: f64 = x[..n].iter().map(|x| x.widen().to_f64()).sum();
             let product: f64 = x[..n].iter().zip(&w).map(|(x, w)| x.widen().to_f64() * w.to_f64()).sum();
             assert_eq!(sum.total(), [plain, product], "{n} elements, cut at {cuts:?}");
+            assert_eq!(totals(&[sum, Sum::ZERO, sum], 2), [[plain, product], [0.0; 2], [0.0; 2]], "{n} elements");
+            if n > 0 {
+                sum.clear();
+                sum.add(level, [&x[..n]], [&w[..n]], [], |[x], [w]| [x, x * w]);
+                assert_eq!(sum.total(), [plain, product], "{n} elements, anew");
+            }
         }
     }
 }
@@ -129,51 +163,37 @@ fn fills() {
     every_dtype!(fills_follow_their_words);
 }
 
-fn a_step_follows_its_rule<S: Storage, const N: usize>(rule: impl Rule<S::Real, N>) {
+/// State in the arithmetic type, or in bfloat16 where that is f32.
+fn a_step_is_one_of_each_element<S: Storage, A: Storage<Real = S::Real>>() {
     let (p, g) = (numbers::<S>(LONGEST + LANES, 1), numbers::<S>(LONGEST + LANES, 2));
-    let state: [Vec<S::Real>; N] = from_fn(|k| integers::<S::Real>(LONGEST, 3 + k as u64))
-        .map(|slot: Vec<S::Real>| slot.into_iter().map(|x| x * x).collect());
-    let [scale, limit] = [0.5, 0.75];
-    let prepared = |g: S| {
-        let g = g.widen().to_f64() * scale;
-        S::Real::from_f64(if g > limit {
-            limit
-        } else if g < -limit {
-            -limit
-        } else {
-            g
-        })
-    };
-    for n in lengths() {
-        let start = n % LANES;
-        let (mut new_p, mut new_state) = (p.clone(), state.clone().map(|slot| slot[..n].to_vec()));
-        let tensor = Tensor::new("p", &mut new_p[start..start + n], &g[start..start + n]).unwrap();
-        let slots = new_state.each_mut().map(|slot| &mut slot[..]);
-        Step::new(rule, Prepare::new(scale, limit), vec![tensor], slots, None).unwrap().launch();
-        for i in 0..n {
-            let (wanted, slots) = rule.step(p[start + i].widen(), prepared(g[start + i]), from_fn(|k| state[k][i]));
-            assert!(new_p[start + i] == S::narrow(wanted), "parameter {i} of {n}");
-            for k in 0..N {
-                assert_eq!(new_state[k][i], slots[k], "state {k}, element {i} of {n}");
+    for rule in RULES {
+        for n in lengths() {
+            let start = n % LANES;
+            let g = &g[start..start + n];
+            let state = state_of::<A>(rule, n);
+            let (mut whole, mut whole_state) = (p.clone(), state.clone());
+            step(rule, &[n], &mut whole[start..start + n], g, &mut whole_state, &mut [], |step| step.launch());
+            for i in 0..n {
+                let mut one = [p[start + i]];
+                let mut one_state: Vec<Vec<A>> = state.iter().map(|slot| vec![slot[i]]).collect();
+                step(rule, &[1], &mut one, &g[i..i + 1], &mut one_state, &mut [], |step| step.launch());
+                assert!(whole[start + i] == one[0], "{}: parameter {i} of {n}", rule.0);
+                assert!(whole_state.iter().zip(&one_state).all(|(a, b)| a[i] == b[0]), "{}: state {i} of {n}", rule.0);
             }
+            assert!(n < LANES || whole != p, "{} does nothing", rule.0);
+            let untouched = whole[..start] == p[..start] && whole[start + n..] == p[start + n..];
+            assert!(untouched, "{}, {n} elements: wrote past its end", rule.0);
         }
-        let untouched = new_p[..start] == p[..start] && new_p[start + n..] == p[start + n..];
-        assert!(untouched, "{n} elements: wrote past its end");
     }
 }
 
 fn every_rule<S: Storage>() {
-    let (lr, decay) = (1e-2, 0.1);
-    let adam = AdamOptions { lr, l2: decay, keep: 0.99, beta1: 0.9, beta2: 0.999, eps: 1e-8, bias1: 0.1, bias2: 0.001 };
-    let momentum = Momentum::new(decay, 0.9, 1.0, lr);
-    a_step_follows_its_rule::<S, 0>(Sgd::new(lr, decay));
-    a_step_follows_its_rule::<S, 1>(momentum);
-    a_step_follows_its_rule::<S, 1>(Nesterov(momentum));
-    a_step_follows_its_rule::<S, 2>(Adam::new(adam));
-    a_step_follows_its_rule::<S, 3>(AmsGrad(Adam::new(adam)));
+    a_step_is_one_of_each_element::<S, S::Real>();
 }
 
 #[test]
 fn steps() {
     every_dtype!(every_rule);
+    a_step_is_one_of_each_element::<f32, bf16>();
+    a_step_is_one_of_each_element::<f16, bf16>();
 }

@@ -5,11 +5,13 @@
 
 mod array;
 mod gate;
+mod groups;
 mod init;
 mod norm;
 mod norm_backward;
 mod optim;
 mod probe;
+mod rows;
 mod stats;
 
 use pyo3::prelude::*;
@@ -44,6 +46,8 @@ fn _kilter(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(after_fork, m)?)?;
     norm::register(m)?;
     norm_backward::register(m)?;
+    rows::register(m)?;
+    groups::register(m)?;
     stats::register(m)?;
     optim::register(m)?;
     init::register(m)?;

@@ -209,8 +209,8 @@ impl<'a> How<'a> {
 
 /// What a missing gamma or beta is.
 pub(crate) struct Missing<R> {
-    ones: Vec<R>,
-    zeros: Vec<R>,
+    pub(crate) ones: Vec<R>,
+    pub(crate) zeros: Vec<R>,
 }
 
 impl<R: kilter_core::real::Real> Missing<R> {

@@ -2,11 +2,11 @@
 
 use crate::array::{Checked, Dtype, Element, Name, Noted, Opening};
 use crate::gate::{self, error};
-use kilter_core::kernel::launch;
-use kilter_core::optim::rules::{Adam, AdamOptions, AmsGrad, Momentum, Nesterov, Sgd};
-use kilter_core::optim::{Prepare, Rule, Scan, Step, Tensor};
-use kilter_core::storage::Storage;
-use kilter_core::{Error, bf16, f16};
+use kilter_core::Error;
+use kilter_core::kernel::{Kernel, launch};
+use kilter_core::optim::{Prepare, Scan, Scanned, Step, Tensor, Window, named};
+use kilter_core::real::Real;
+use kilter_core::stored::{Source, Stored};
 use pyo3::prelude::*;
 use pyo3::types::PyString;
 
@@ -22,43 +22,14 @@ pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
 /// The bit of `flags` that says: check every argument, change nothing.
 const CHECK_ONLY: u32 = 1;
 
-/// The rules by name, with their scalars. `h` starts with the scale and the limit of gradients.
-#[derive(Clone, Copy)]
-enum Named {
-    Sgd { lr: f64, weight_decay: f64 },
-    Momentum { weight_decay: f64, momentum: f64, rate: f64, size: f64 },
-    Nesterov { weight_decay: f64, momentum: f64, rate: f64, size: f64 },
-    Adam(AdamOptions),
-    AmsGrad(AdamOptions),
-}
-
-fn named(rule: &str, h: &[f64]) -> Result<Named, Error> {
-    match (rule, h) {
-        ("sgd", &[lr, weight_decay]) => Ok(Named::Sgd { lr, weight_decay }),
-        ("momentum", &[weight_decay, momentum, rate, size]) => {
-            Ok(Named::Momentum { weight_decay, momentum, rate, size })
-        }
-        ("nesterov", &[weight_decay, momentum, rate, size]) => {
-            Ok(Named::Nesterov { weight_decay, momentum, rate, size })
-        }
-        ("adam" | "amsgrad", &[lr, l2, keep, beta1, beta2, eps, bias1, bias2]) => {
-            let options = AdamOptions { lr, l2, keep, beta1, beta2, eps, bias1, bias2 };
-            Ok(if rule == "adam" { Named::Adam(options) } else { Named::AmsGrad(options) })
-        }
-        _ => Err(Error::new("rule", "a known rule with its scalars", format_args!("{rule:?} with {}", h.len()))),
-    }
-}
-
 /// The arrays of one step, not yet opened.
 struct Noting<'a> {
+    rule: &'a str,
     names: &'a [Bound<'a, PyString>],
     params: Vec<Noted<'a>>,
     grads: Vec<Noted<'a>>,
     state: Vec<Noted<'a>>,
     masters: Option<Noted<'a>>,
-    rule: Named,
-    scale: f64,
-    limit: f64,
     check_only: bool,
 }
 
@@ -92,85 +63,76 @@ fn step(
     let state = state.iter().map(|slot| o.write("state", slot)).collect::<PyResult<Vec<_>>>()?;
     let (masters, h) = (o.maybe_write("masters", masters)?, o.read("h", h)?);
     let checked = o.check()?;
-    let [scale, limit, h @ ..] = checked.read::<f64>(&h)? else {
-        return Err(error(Error::new("h", "at least two numbers", h.shape()[0])));
-    };
-    let rule = named(rule, h).map_err(error)?;
+    let h = checked.read::<f64>(&h)?;
     let Some(first) = noted_params.first() else { return Ok(()) };
-    let (p, g, name) = (first.dtype, noted_grads[0].dtype, first.name());
-    let (scale, limit, check_only) = (*scale, *limit, flags & CHECK_ONLY != 0);
-    let noting = Noting {
-        names: &names,
-        params: noted_params,
-        grads: noted_grads,
-        state,
-        masters,
-        rule,
-        scale,
-        limit,
-        check_only,
-    };
-    match (p, g) {
-        (Dtype::F64, _) => open::<f64, f64>(py, &checked, noting),
-        (Dtype::F32, _) => open::<f32, f32>(py, &checked, noting),
-        (Dtype::F16, Dtype::F32) => open::<f16, f32>(py, &checked, noting),
-        (Dtype::F16, _) => open::<f16, f16>(py, &checked, noting),
-        (Dtype::Bf16, Dtype::F32) => open::<bf16, f32>(py, &checked, noting),
-        (Dtype::Bf16, _) => open::<bf16, bf16>(py, &checked, noting),
-        (Dtype::U32, _) => Err(error(Error::new(name, "a floating-point dtype", p.name()))),
+    let (dtype, name) = (first.dtype, first.name());
+    let check_only = flags & CHECK_ONLY != 0;
+    let noting = Noting { rule, names: &names, params: noted_params, grads: noted_grads, state, masters, check_only };
+    match dtype {
+        Dtype::F64 => open::<f64>(py, &checked, noting, h),
+        Dtype::F32 | Dtype::F16 | Dtype::Bf16 => open::<f32>(py, &checked, noting, h),
+        Dtype::U32 => Err(error(Error::new(name, "a floating-point dtype", dtype.name()))),
     }
 }
 
-/// A step whose arrays are open, before its rule is known.
-struct Opened<'a, P: Storage, G> {
-    tensors: Vec<Tensor<'a, P, G>>,
-    state: Vec<&'a mut [P::Real]>,
-    masters: Option<&'a mut [P::Real]>,
-    prepare: Prepare<P::Real>,
-    check_only: bool,
-}
-
-fn open<P, G>(py: Python<'_>, checked: &Checked, noting: Noting<'_>) -> PyResult<()>
-where
-    P: Storage + Element,
-    G: Storage<Real = P::Real> + Element,
-    P::Real: Element,
-{
+fn open<T: Real + Element>(py: Python<'_>, checked: &Checked, noting: Noting<'_>, h: &[f64]) -> PyResult<()> {
+    let &[scale, limit, oldest, ref scalars @ ..] = h else {
+        return Err(error(Error::new("h", "at least three numbers", h.len())));
+    };
+    let rule = named::<T>(noting.rule, scalars).map_err(error)?;
     let mut tensors = Vec::with_capacity(noting.params.len());
     for ((name, p), g) in noting.names.iter().zip(&noting.params).zip(&noting.grads) {
-        tensors.push(Tensor::new(name.to_str()?, checked.write::<P>(p)?, checked.read::<G>(g)?).map_err(error)?);
+        tensors.push(Tensor::new(name.to_str()?, written::<T>(checked, p)?, read::<T>(checked, g)?).map_err(error)?);
     }
-    let opened = Opened {
-        tensors,
-        state: noting.state.iter().map(|slot| checked.write(slot)).collect::<PyResult<_>>()?,
-        masters: checked.maybe_write(&noting.masters)?,
-        prepare: Prepare::new(noting.scale, noting.limit),
-        check_only: noting.check_only,
-    };
-    let rule = noting.rule;
-    gate::run(py, || match rule {
-        Named::Sgd { lr, weight_decay } => opened.launch(Sgd::new(lr, weight_decay)),
-        Named::Momentum { weight_decay, momentum, rate, size } => {
-            opened.launch(Momentum::new(weight_decay, momentum, rate, size))
+    let (mut windows, mut slots) = (Vec::new(), Vec::new());
+    for slot in &noting.state {
+        let stored = written::<T>(checked, slot)?;
+        match *slot.shape() {
+            [rows, len] => windows.push(window(stored, rows, len, oldest)?),
+            _ => slots.push(stored),
         }
-        Named::Nesterov { weight_decay, momentum, rate, size } => {
-            opened.launch(Nesterov(Momentum::new(weight_decay, momentum, rate, size)))
-        }
-        Named::Adam(options) => opened.launch(Adam::new(options)),
-        Named::AmsGrad(options) => opened.launch(AmsGrad(Adam::new(options))),
-    })
-}
-
-impl<P: Storage, G: Storage<Real = P::Real>> Opened<'_, P, G> {
-    fn launch<R: Rule<P::Real, N>, const N: usize>(self, rule: R) -> Result<(), Error> {
-        let got = self.state.len();
-        let slots: [_; N] = self.state.try_into().map_err(|_| Error::new("state", format_args!("{N} arrays"), got))?;
-        let step = Step::new(rule, self.prepare, self.tensors, slots, self.masters)?;
-        if !self.check_only {
+    }
+    let masters = checked.maybe_write(&noting.masters)?;
+    gate::run(py, || {
+        let step = Step::new(&*rule, Prepare::new(scale, limit), tensors, windows, slots, masters)?;
+        if !noting.check_only {
             step.launch();
         }
         Ok(())
+    })
+}
+
+/// The elements of an array in the arithmetic of `T`.
+fn read<'a, T: Real + Element>(checked: &Checked, array: &Noted<'a>) -> PyResult<Source<'a, T>> {
+    Ok(match (T::DTYPE, array.dtype) {
+        (Dtype::F32, Dtype::F16) => Source::F16(checked.read(array)?),
+        (Dtype::F32, Dtype::Bf16) => Source::Bf16(checked.read(array)?),
+        _ => Source::Real(checked.read(array)?),
+    })
+}
+
+/// The elements of an array that is written, in the arithmetic of `T`.
+fn written<'a, T: Real + Element>(checked: &Checked, array: &Noted<'a>) -> PyResult<Stored<'a, T>> {
+    Ok(match (T::DTYPE, array.dtype) {
+        (Dtype::F32, Dtype::F16) => Stored::F16(checked.write(array)?),
+        (Dtype::F32, Dtype::Bf16) => Stored::Bf16(checked.write(array)?),
+        _ => Stored::Real(checked.write(array)?),
+    })
+}
+
+/// The rows of a state array, the oldest first.
+fn window<T: Real>(array: Stored<'_, T>, rows: usize, len: usize, oldest: f64) -> PyResult<Window<'_, T>> {
+    if !(0.0..rows as f64).contains(&oldest) {
+        return Err(error(Error::new("h", format_args!("the number of one of {rows} rows"), oldest)));
     }
+    let (mut window, mut rest) = (Vec::with_capacity(rows), array);
+    for _ in 0..rows {
+        let (row, others) = rest.split_at(len);
+        window.push(row);
+        rest = others;
+    }
+    window.rotate_left(oldest as usize);
+    Ok(window)
 }
 
 /// Writes the sum of the squares of all gradients, and 1 or 0 for whether all are finite.
@@ -192,25 +154,13 @@ fn grad_scan(
     let [squares, finite] = checked.write::<f64>(&out)? else {
         return Err(error(Error::new("out", "two numbers", out.shape()[0])));
     };
-    let found: [_; 4] = [
-        scan::<f64>(py, &checked, &grads)?,
-        scan::<f32>(py, &checked, &grads)?,
-        scan::<f16>(py, &checked, &grads)?,
-        scan::<bf16>(py, &checked, &grads)?,
-    ];
-    *squares = found.iter().map(|one| one.0).sum();
-    *finite = f64::from(u8::from(found.iter().all(|one| one.1)));
+    let (wide, narrow): (Vec<_>, Vec<_>) = grads.iter().partition(|g| g.dtype == Dtype::F64);
+    let found = Scan::<f64>::merge(scan::<f64>(py, &checked, &wide)?, scan::<f32>(py, &checked, &narrow)?);
+    (*squares, *finite) = (found.squares, f64::from(u8::from(found.finite)));
     Ok(())
 }
 
-fn scan<G: Storage + Element>(py: Python<'_>, checked: &Checked, grads: &[Noted<'_>]) -> PyResult<(f64, bool)> {
-    let grads =
-        grads.iter().filter(|g| g.dtype == G::DTYPE).map(|g| checked.read::<G>(g)).collect::<PyResult<Vec<_>>>()?;
-    if grads.is_empty() {
-        return Ok((0.0, true));
-    }
-    gate::run(py, || {
-        let all = launch(Scan::new(grads));
-        Ok((all.squares, all.finite))
-    })
+fn scan<T: Real + Element>(py: Python<'_>, checked: &Checked, grads: &[&Noted<'_>]) -> PyResult<Scanned> {
+    let grads = grads.iter().map(|g| read::<T>(checked, g)).collect::<PyResult<Vec<_>>>()?;
+    gate::run(py, || Ok(launch(Scan::new(grads))))
 }

@@ -9,16 +9,19 @@
 
 pub mod columns;
 mod columns_backward;
+pub mod groups;
+mod groups_backward;
 pub mod planes;
 mod planes_backward;
 mod region;
+pub mod rows;
+mod rows_backward;
 mod small;
 
 use crate::error::{Error, length};
-use crate::kernel::{Kernel, launch};
+use crate::kernel::{Kernel, launch, launch_on, threads};
 use crate::moments::Channels;
 use crate::real::{Real, split};
-use crate::simd;
 use crate::storage::Storage;
 
 /// An array around its channel axis.
@@ -360,9 +363,9 @@ pub fn backward<S: Storage>(
     Ok(sums)
 }
 
-/// Runs a kernel: `alone` on this thread, where it is a part of what the others do too, or split.
+/// Runs a kernel: `alone` on this thread, where the others do the like, or on all.
 fn start<K: Kernel>(alone: bool, kernel: K) -> K::Out {
-    if alone { simd::run(kernel) } else { launch(kernel) }
+    launch_on(if alone { 1 } else { threads() }, kernel)
 }
 
 /// x̂ * sd: x minus its mean.

@@ -84,7 +84,7 @@ impl<S: Storage> Kernel for Reduce<'_, S> {
     fn run(self, level: Level) -> Sums {
         let channels = self.region.channels.clone();
         let mut all = Sums::zero(channels.start, 0);
-        for tile in tiles(&channels, tile(self.up.data.shape, size_of::<S>())) {
+        for tile in tiles(&channels, tile(self.up.data.shape, 2 * size_of::<S>())) {
             let mut state = Sums::zero(tile.start, tile.len());
             self.tile(level, tile, &mut state);
             all.dy.extend(&state.dy);
@@ -247,7 +247,7 @@ impl<S: Storage> Kernel for Backward<'_, S> {
 
     fn halve(self) -> Result<(Self, Self), Self> {
         let Self { reduce: Reduce { up, region }, count, stores, dx, dresidual } = self;
-        let Some((left, right)) = region.clone().halve_tiles(tile(up.data.shape, size_of::<S>())) else {
+        let Some((left, right)) = region.clone().halve_tiles(tile(up.data.shape, 2 * size_of::<S>())) else {
             return Err(Self { reduce: Reduce { up, region }, count, stores, dx, dresidual });
         };
         let at = left.channels.len() * up.data.shape.inner;
@@ -266,7 +266,7 @@ impl<S: Storage> Kernel for Backward<'_, S> {
         let channels = self.reduce.region.channels.clone();
         let first = channels.start;
         let mut all = Sums::zero(first, 0);
-        for tile in tiles(&channels, tile(up.data.shape, size_of::<S>())) {
+        for tile in tiles(&channels, tile(up.data.shape, 2 * size_of::<S>())) {
             let mut state = Sums::zero(tile.start, tile.len());
             self.reduce.tile(level, tile.clone(), &mut state);
             for n in 0..outer {

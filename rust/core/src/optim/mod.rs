@@ -2,87 +2,118 @@
 //!
 //! The tensors are seen as one long concatenation. Work is split over it, so that many small tensors and one huge one
 //! both balance; state lies in one flat array per slot, in the order of the tensors.
+//!
+//! `Step` does not know its rule: each rule is compiled once per arithmetic type, as an [`Update`] of runs of numbers. What
+//! lies in memory as 16-bit numbers is widened into scratch before it and rounded back after it, [`BLOCK`] elements at a
+//! time.
+//!
+//! [`Update`]: update::Update
 
+pub mod adam;
 pub mod rules;
+pub mod scan;
+pub mod squares;
+pub mod update;
+
+pub use rules::named;
+pub use scan::{Scan, Scanned};
+pub use update::{AnyRule, Prepare, Rule, carry};
 
 use crate::error::{Error, length};
 use crate::kernel::{Kernel, launch};
 use crate::lanes::LANES;
-use crate::moments::BLOCK;
 use crate::real::Real;
-use crate::storage::Storage;
-use std::array::from_fn;
+use crate::simd::{self, Level};
+use crate::stored::{Source, Stored, Sum};
+use std::ops::Range;
 
-/// An update rule with `N` numbers of state per parameter.
-pub trait Rule<T: Real, const N: usize>: Copy + Send + Sync {
-    /// The new parameter and state from the parameter `p`, its gradient `g` and the state `slots`.
-    /// `#[inline(always)]` on every implementation: see [`Kernel::run`].
-    fn step(self, p: T, g: T, slots: [T; N]) -> (T, [T; N]);
-}
+/// Elements that are widened together: all scratch of a step stays in the first cache.
+pub const BLOCK: usize = 512;
 
-/// What happens to a gradient before a rule sees it: `clamp(g * scale, -limit, limit)`.
-#[derive(Debug, Clone, Copy)]
-pub struct Prepare<T> {
-    scale: T,
-    limit: T,
-}
+/// Most windows of a rule, and most numbers of state that it changes per parameter.
+const WINDOWS: usize = 2;
+const SLOTS: usize = 3;
 
-impl<T: Real> Prepare<T> {
-    /// A negative scale climbs instead of descending; an infinite limit clips nothing.
-    pub fn new(scale: f64, limit: f64) -> Self {
-        Self { scale: T::from_f64(scale), limit: T::from_f64(limit) }
-    }
-
-    #[inline(always)]
-    fn apply(self, g: T) -> T {
-        let g = g * self.scale;
-        let g = if g > self.limit { self.limit } else { g };
-        if g < -self.limit { -self.limit } else { g }
-    }
-}
+/// Arrays that may need scratch: gradient, parameter, sums over windows, slots.
+const SCRATCH: usize = 2 + WINDOWS + SLOTS;
 
 /// A parameter tensor and its gradient.
-pub struct Tensor<'a, P, G> {
-    p: &'a mut [P],
-    g: &'a [G],
+pub struct Tensor<'a, T> {
+    p: Stored<'a, T>,
+    g: Source<'a, T>,
 }
 
-impl<'a, P, G> Tensor<'a, P, G> {
+impl<'a, T: Real> Tensor<'a, T> {
     /// Checks the lengths; `name` is the parameter's.
-    pub fn new(name: &str, p: &'a mut [P], g: &'a [G]) -> Result<Self, Error> {
-        length(&format!("grads[{name}]"), g, p.len())?;
+    pub fn new(name: &str, p: Stored<'a, T>, g: Source<'a, T>) -> Result<Self, Error> {
+        if p.source().len() != g.len() {
+            let wanted = format_args!("{} elements", p.source().len()).to_string();
+            return Err(Error::new(format_args!("grads[{name}]"), wanted, g.len()));
+        }
         Ok(Self { p, g })
+    }
+
+    fn len(&self) -> usize {
+        self.g.len()
+    }
+
+    fn split_at(self, at: usize) -> (Self, Self) {
+        let (p, g) = (self.p.split_at(at), self.g.split_at(at));
+        (Self { p: p.0, g: g.0 }, Self { p: p.1, g: g.1 })
     }
 }
 
-/// One step of `rule` on every tensor.
-pub struct Step<'a, P: Storage, G: Storage<Real = P::Real>, R, const N: usize> {
-    rule: R,
-    prepare: Prepare<P::Real>,
-    tensors: Vec<Tensor<'a, P, G>>,
+/// A slot of the last steps, one row each, from the oldest to the newest. A rule sees the sum of all rows, and replaces
+/// the oldest. The sum is made anew at each step: a running one that loses its oldest term cancels.
+pub type Window<'a, T> = Vec<Stored<'a, T>>;
+
+/// One step of a rule on every tensor.
+pub struct Step<'a, T> {
+    rule: &'a dyn AnyRule<T>,
+    prepare: Prepare<T>,
+    tensors: Vec<Tensor<'a, T>>,
     len: usize,
-    slots: [&'a mut [P::Real]; N],
+    windows: Vec<Window<'a, T>>,
+    slots: Vec<Stored<'a, T>>,
     /// The exact parameters, of which the tensors hold the rounded copies.
-    masters: Option<&'a mut [P::Real]>,
+    masters: Option<&'a mut [T]>,
+    /// Bytes read and written per element, state included; the narrowest tensor counts for all.
+    width: usize,
 }
 
-impl<'a, P: Storage, G: Storage<Real = P::Real>, R: Rule<P::Real, N>, const N: usize> Step<'a, P, G, R, N> {
-    /// Checks that state is as long as all tensors together.
+impl<'a, T: Real> Step<'a, T> {
+    /// Checks that state is what the rule needs, and as long as all tensors together.
     pub fn new(
-        rule: R,
-        prepare: Prepare<P::Real>,
-        tensors: Vec<Tensor<'a, P, G>>,
-        slots: [&'a mut [P::Real]; N],
-        masters: Option<&'a mut [P::Real]>,
+        rule: &'a dyn AnyRule<T>,
+        prepare: Prepare<T>,
+        tensors: Vec<Tensor<'a, T>>,
+        windows: Vec<Window<'a, T>>,
+        slots: Vec<Stored<'a, T>>,
+        masters: Option<&'a mut [T]>,
     ) -> Result<Self, Error> {
-        let len = tensors.iter().map(|tensor| tensor.p.len()).sum();
-        for slot in &slots {
-            length("state", slot, len)?;
+        let len = tensors.iter().map(Tensor::len).sum();
+        let needed = (rule.windows(), rule.slots() - rule.windows());
+        if (windows.len(), slots.len()) != needed {
+            let wanted = format!("{} windows and {} slots", needed.0, needed.1);
+            return Err(Error::new("state", wanted, format_args!("{} and {}", windows.len(), slots.len())));
+        }
+        if windows.iter().any(Vec::is_empty) {
+            return Err(Error::new("state", "windows of at least one row", "none"));
+        }
+        let state = || windows.iter().flatten().chain(&slots);
+        for slot in state() {
+            if slot.source().len() != len {
+                return Err(Error::new("state", format_args!("{len} elements"), slot.source().len()));
+            }
         }
         if let Some(masters) = &masters {
             length("masters", masters, len)?;
         }
-        Ok(Self { rule, prepare, tensors, len, slots, masters })
+        let rows: usize = state().map(|slot| slot.source().width()).sum();
+        let written: usize = windows.iter().map(|rows| &rows[0]).chain(&slots).map(|slot| slot.source().width()).sum();
+        let tensor = tensors.iter().map(|tensor| 2 * tensor.p.source().width() + tensor.g.width()).min().unwrap_or(0);
+        let width = tensor + rows + written + if masters.is_some() { 2 * size_of::<T>() } else { 0 };
+        Ok(Self { rule, prepare, tensors, len, windows, slots, masters, width })
     }
 
     /// Launches the kernel.
@@ -90,179 +121,140 @@ impl<'a, P: Storage, G: Storage<Real = P::Real>, R: Rule<P::Real, N>, const N: u
         launch(self);
     }
 
-    /// Updates `L` parameters from `at` on in the tensor, `from + at` on in the state.
-    #[inline(always)]
-    fn group<const L: usize>(&mut self, tensor: &mut Tensor<'a, P, G>, from: usize, at: usize) {
-        let place = from + at;
-        let g: [P::Real; L] = G::load(&tensor.g[at..at + L]);
-        let p: [P::Real; L] = match &self.masters {
-            None => P::load(&tensor.p[at..at + L]),
-            Some(masters) => P::Real::load(&masters[place..place + L]),
+    /// Updates a tensor, whose state starts at `from`, if everything can be changed where it lies: says whether it was.
+    fn in_place(&mut self, level: Level, tensor: &mut Tensor<'a, T>, from: usize) -> bool {
+        let place = from..from + tensor.len();
+        let (Stored::Real(p), Source::Real(g), None, true) =
+            (&mut tensor.p, tensor.g, &self.masters, self.windows.is_empty())
+        else {
+            return false;
         };
-        let slots: [[P::Real; L]; N] = from_fn(|n| P::Real::load(&self.slots[n][place..place + L]));
-        let (mut new_p, mut new_slots) = (p, slots);
-        for l in 0..L {
-            let (p, state) = self.rule.step(p[l], self.prepare.apply(g[l]), from_fn(|n| slots[n][l]));
-            new_p[l] = p;
-            for n in 0..N {
-                new_slots[n][l] = state[n];
-            }
+        let mut slots: [&mut [T]; SLOTS] = Default::default();
+        let count = self.slots.len();
+        for (slot, stored) in slots.iter_mut().zip(&mut self.slots) {
+            let Stored::Real(stored) = stored else { return false };
+            *slot = &mut stored[place.clone()];
         }
-        P::store(new_p, &mut tensor.p[at..at + L]);
-        if let Some(masters) = &mut self.masters {
-            P::Real::store(new_p, &mut masters[place..place + L]);
+        self.rule.update(level, self.prepare, p, g, &[], &mut slots[..count]);
+        true
+    }
+
+    /// Updates the parameters `at` of a tensor, whose state is at `place`.
+    fn block(
+        &mut self,
+        level: Level,
+        tensor: &mut Tensor<'a, T>,
+        at: Range<usize>,
+        place: Range<usize>,
+        scratch: &mut [T],
+    ) {
+        let mut chunks: [&mut [T]; SCRATCH] = Default::default();
+        for (chunk, part) in chunks.iter_mut().zip(scratch.chunks_exact_mut(BLOCK)) {
+            *chunk = part;
         }
-        for n in 0..N {
-            P::Real::store(new_slots[n], &mut self.slots[n][place..place + L]);
+        let [for_g, for_p, for_sums @ ..] = &mut chunks;
+        let (for_sums, for_slots) = for_sums.split_at_mut(WINDOWS);
+
+        let mut sums: [&[T]; WINDOWS] = Default::default();
+        for ((rows, sum), to) in self.windows.iter().zip(&mut sums).zip(for_sums) {
+            let to = &mut to[..at.len()];
+            simd::enter(level, Sum { rows, from: place.start, to });
+            *sum = to;
+        }
+        let g = tensor.g.read(level, at.clone(), for_g);
+        let p = match &mut self.masters {
+            Some(masters) => &mut masters[place.clone()],
+            None => tensor.p.open(level, at.clone(), for_p),
+        };
+        let windows = self.windows.len();
+        let changed = self.windows.iter_mut().map(|rows| &mut rows[0]).chain(&mut self.slots);
+        let mut slots: [&mut [T]; SLOTS] = Default::default();
+        let mut count = 0;
+        for (stored, to) in changed.zip(for_slots.iter_mut()) {
+            slots[count] = stored.open(level, place.clone(), to);
+            count += 1;
+        }
+        self.rule.update(level, self.prepare, p, g, &sums[..windows], &mut slots[..count]);
+
+        match &self.masters {
+            Some(masters) => tensor.p.write(level, at, &masters[place.clone()]),
+            None => tensor.p.close(level, at, for_p),
+        }
+        let changed = self.windows.iter_mut().map(|rows| &mut rows[0]).chain(&mut self.slots);
+        for (stored, from) in changed.zip(for_slots.iter()) {
+            stored.close(level, place.clone(), from);
         }
     }
 }
 
-impl<P: Storage, G: Storage<Real = P::Real>, R: Rule<P::Real, N>, const N: usize> Kernel for Step<'_, P, G, R, N> {
+/// How many of the tensors, of these lengths, lie before `at`, and how many elements they have.
+fn before(at: usize, lengths: impl Iterator<Item = usize>) -> (usize, usize) {
+    let (mut count, mut elements) = (0, 0);
+    for n in lengths {
+        if elements + n > at {
+            break;
+        }
+        (count, elements) = (count + 1, elements + n);
+    }
+    (count, elements)
+}
+
+fn halves<T: Real>(stored: Vec<Stored<'_, T>>, at: usize) -> (Vec<Stored<'_, T>>, Vec<Stored<'_, T>>) {
+    stored.into_iter().map(|one| one.split_at(at)).unzip()
+}
+
+impl<T: Real> Kernel for Step<'_, T> {
     type Out = ();
 
     fn bytes(&self) -> usize {
-        let state = 2 * (N + usize::from(self.masters.is_some())) * size_of::<P::Real>();
-        self.len * (2 * size_of::<P>() + size_of::<G>() + state)
+        self.len * self.width
     }
 
-    fn halve(mut self) -> Result<(Self, Self), Self> {
+    fn halve(self) -> Result<(Self, Self), Self> {
         let at = self.len / 2 / LANES * LANES;
         if at == 0 {
             return Err(self);
         }
-        let (mut before, mut k) = (0, 0);
-        while before + self.tensors[k].p.len() <= at {
-            before += self.tensors[k].p.len();
-            k += 1;
-        }
-        let mut right = self.tensors.split_off(k);
+        let (k, elements) = before(at, self.tensors.iter().map(Tensor::len));
         let mut left = self.tensors;
-        if before < at {
-            let Tensor { p, g } = right.remove(0);
-            let (p, g) = (p.split_at_mut(at - before), g.split_at(at - before));
-            left.push(Tensor { p: p.0, g: g.0 });
-            right.insert(0, Tensor { p: p.1, g: g.1 });
+        let mut right = left.split_off(k);
+        if elements < at {
+            let (l, r) = right.remove(0).split_at(at - elements);
+            left.push(l);
+            right.insert(0, r);
         }
-        let (mut left_slots, mut right_slots) = (from_fn(|_| Default::default()), from_fn(|_| Default::default()));
-        for (n, slot) in self.slots.into_iter().enumerate() {
-            (left_slots[n], right_slots[n]) = slot.split_at_mut(at);
-        }
+        let windows: (Vec<_>, Vec<_>) = self.windows.into_iter().map(|rows| halves(rows, at)).unzip();
+        let slots = halves(self.slots, at);
         let masters = self.masters.map(|masters| masters.split_at_mut(at)).unzip();
-        let Self { rule, prepare, len, .. } = self;
-        Ok((
-            Self { rule, prepare, tensors: left, len: at, slots: left_slots, masters: masters.0 },
-            Self { rule, prepare, tensors: right, len: len - at, slots: right_slots, masters: masters.1 },
-        ))
+        let Self { rule, prepare, len, width, .. } = self;
+        let part = |tensors, len, windows, slots, masters| Self {
+            rule,
+            prepare,
+            tensors,
+            len,
+            windows,
+            slots,
+            masters,
+            width,
+        };
+        Ok((part(left, at, windows.0, slots.0, masters.0), part(right, len - at, windows.1, slots.1, masters.1)))
     }
 
     #[inline(always)]
-    fn run(mut self, level: crate::simd::Level) {
-        let mut from = 0;
+    fn run(mut self, level: Level) {
+        let (mut from, mut scratch) = (0, Vec::new());
         for mut tensor in std::mem::take(&mut self.tensors) {
-            let n = tensor.p.len();
-            let mut i = 0;
-            while i + LANES <= n && !level.compact() {
-                self.group::<LANES>(&mut tensor, from, i);
-                i += LANES;
-            }
-            while i < n {
-                self.group::<1>(&mut tensor, from, i);
-                i += 1;
+            let n = tensor.len();
+            if !self.in_place(level, &mut tensor, from) {
+                scratch.resize(SCRATCH * BLOCK, T::ZERO);
+                for at in (0..n).step_by(BLOCK) {
+                    let to = n.min(at + BLOCK);
+                    self.block(level, &mut tensor, at..to, from + at..from + to, &mut scratch);
+                }
             }
             from += n;
         }
     }
 
     fn merge(_: (), _: ()) {}
-}
-
-/// Calls `f` with the lane of each element and the element.
-#[inline(always)]
-fn each<G: Storage>(g: &[G], mut f: impl FnMut(usize, G::Real)) {
-    let mut i = 0;
-    while i + LANES <= g.len() {
-        let x: [G::Real; LANES] = G::load(&g[i..i + LANES]);
-        for l in 0..LANES {
-            f(l, x[l]);
-        }
-        i += LANES;
-    }
-    for l in 0..g.len() - i {
-        f(l, g[i + l].widen());
-    }
-}
-
-/// What [`Scan`] found.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Scanned {
-    /// The sum of all squares.
-    pub squares: f64,
-    /// Whether every element is finite.
-    pub finite: bool,
-}
-
-/// Reads gradients once: the sum of their squares in float64, and whether all are finite. The two are separate: finite
-/// gradients may have squares that are not.
-pub struct Scan<'a, G> {
-    tensors: Vec<&'a [G]>,
-    len: usize,
-}
-
-impl<'a, G: Storage> Scan<'a, G> {
-    /// Over all tensors.
-    pub fn new(tensors: Vec<&'a [G]>) -> Self {
-        let len = tensors.iter().map(|g| g.len()).sum();
-        Self { tensors, len }
-    }
-}
-
-impl<G: Storage> Kernel for Scan<'_, G> {
-    type Out = Scanned;
-
-    fn bytes(&self) -> usize {
-        self.len * size_of::<G>()
-    }
-
-    fn halve(mut self) -> Result<(Self, Self), Self> {
-        let at = self.len / 2 / LANES * LANES;
-        if at == 0 {
-            return Err(self);
-        }
-        let (mut before, mut k) = (0, 0);
-        while before + self.tensors[k].len() <= at {
-            before += self.tensors[k].len();
-            k += 1;
-        }
-        let mut right = self.tensors.split_off(k);
-        let mut left = self.tensors;
-        if before < at {
-            let (l, r) = right[0].split_at(at - before);
-            left.push(l);
-            right[0] = r;
-        }
-        Ok((Self { tensors: left, len: at }, Self { tensors: right, len: self.len - at }))
-    }
-
-    #[inline(always)]
-    fn run(self, _: crate::simd::Level) -> Scanned {
-        let mut squares = [0.0; LANES];
-        // x * 0 is 0 where x is finite and NaN where it is not.
-        let mut bad = [G::Real::ZERO; LANES];
-        // Two passes, the second over what the first left in cache: together they do not become wide instructions.
-        for block in self.tensors.iter().flat_map(|g| g.chunks(BLOCK)) {
-            each(block, |l, x| squares[l] += x.to_f64() * x.to_f64());
-            each(block, |l, x| bad[l] = bad[l] + x * G::Real::ZERO);
-        }
-        let mut all = Scanned { squares: 0.0, finite: true };
-        for l in 0..LANES {
-            all.squares += squares[l];
-            all.finite &= bad[l] == G::Real::ZERO;
-        }
-        all
-    }
-
-    fn merge(left: Scanned, right: Scanned) -> Scanned {
-        Scanned { squares: left.squares + right.squares, finite: left.finite && right.finite }
-    }
 }

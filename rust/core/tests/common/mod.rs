@@ -2,6 +2,7 @@
 #![allow(dead_code)]
 
 use kilter_core::norm::{self, Affine, Data, Finish, Shape, Statistics, Upstream};
+use kilter_core::optim::{Prepare, Step, Tensor, named};
 use kilter_core::real::Real;
 use kilter_core::storage::Storage;
 
@@ -31,6 +32,58 @@ pub fn integers<S: Storage>(n: usize, seed: u64) -> Vec<S> {
 pub fn bits<S: Storage>(numbers: &[S]) -> Vec<u64> {
     let canonical = |x: f64| if x.is_nan() { f64::NAN } else { x };
     numbers.iter().map(|x| canonical(x.widen().to_f64()).to_bits()).collect()
+}
+
+/// A rule by name with its scalars, and how many windows and other slots it has.
+pub type Rule = (&'static str, &'static [f64], usize, usize);
+
+pub const RULES: [Rule; 17] = [
+    ("sgd", &[1e-2, 0.1], 0, 0),
+    ("momentum", &[0.1, 0.9, 0.5, 1e-2, 3e-3], 0, 1),
+    ("rmsprop", &[1e-2, 0.1, 1e-8, 0.1, 1.0, 1.0, 0.0], 0, 1),
+    ("rmsprop_momentum", &[1e-2, 0.1, 1e-8, 0.1, 1.0, 0.0, 0.9], 0, 2),
+    ("rmsprop_centered", &[1e-2, 0.1, 1e-8, 0.1, 1.0, 0.0, 0.0], 0, 2),
+    ("rmsprop_centered_momentum", &[1e-2, 0.1, 1e-8, 0.1, 1.0, 0.0, 0.9], 0, 3),
+    ("rmsprop_window", &[1e-2, 0.1, 1e-8, 0.3, 0.4, 0.0], 1, 0),
+    ("rmsprop_window_momentum", &[1e-2, 0.1, 1e-8, 0.3, 0.4, 0.9], 1, 1),
+    ("adadelta", &[1.0, 0.1, 1e-6, 0.9], 0, 2),
+    ("adadelta_window", &[1.0, 0.1, 1e-6, 0.3, 0.4, 0.5, 0.2], 2, 1),
+    ("adam", &[0.1, 0.99, 0.9, 0.999, 1e-8, 0.001, 1e-2, 0.0], 0, 2),
+    ("nadam", &[0.1, 0.99, 0.9, 0.999, 1e-8, 0.001, 1e-2, 1e-3], 0, 2),
+    ("amsgrad", &[0.1, 0.99, 0.9, 0.999, 1e-8, 0.001, 1e-2, 0.0], 0, 3),
+    ("adamax", &[0.1, 0.9, 0.999, 1e-8, 1e-2], 0, 2),
+    ("lion", &[1e-2, 0.99, 0.9, 0.99], 0, 1),
+    ("newton", &[1.0, 1e-4, 100.0, 0.01], 0, 1),
+    ("curvature", &[0.1], 0, 0),
+];
+
+/// The rows of a rule's windows, the oldest first, and then its other slots.
+pub fn state_of<A: Storage>((_, _, windows, slots): Rule, n: usize) -> Vec<Vec<A>> {
+    (0..3 * windows + slots).map(|k| about(4.0, n, 3 + k as u64)).collect()
+}
+
+/// One step of a rule over tensors of these lengths, which follow each other; empty `masters` are none.
+pub fn step<S: Storage, A: Storage<Real = S::Real>>(
+    (name, h, windows, _): Rule,
+    lengths: &[usize],
+    p: &mut [S],
+    g: &[S],
+    state: &mut [Vec<A>],
+    masters: &mut [S::Real],
+    run: impl FnOnce(Step<'_, S::Real>),
+) {
+    let rule = named::<S::Real>(name, h).unwrap();
+    let (mut tensors, mut rest, mut from) = (vec![], p, 0);
+    for n in lengths {
+        let (tensor, after) = rest.split_at_mut(*n);
+        tensors.push(Tensor::new("p", S::stored(tensor), S::source(&g[from..from + n])).unwrap());
+        (rest, from) = (after, from + n);
+    }
+    let (rows, slots) = state.split_at_mut(3 * windows);
+    let windows = rows.chunks_mut(3).map(|rows| rows.iter_mut().map(|row| A::stored(row)).collect()).collect();
+    let slots = slots.iter_mut().map(|slot| A::stored(slot)).collect();
+    let masters = if masters.is_empty() { None } else { Some(masters) };
+    run(Step::new(&*rule, Prepare::new(0.5, 0.75), tensors, windows, slots, masters).unwrap());
 }
 
 /// Everything that a forward and a backward pass give.

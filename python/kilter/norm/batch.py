@@ -6,6 +6,8 @@ import math
 import sys
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from kilter import _check, stats
 from kilter._backend import backend_of
 from kilter._channels import Call, open_call, position_weights
@@ -87,20 +89,26 @@ def batch_norm(
         residual: added before the activation, of x's shape and dtype.
         weights: counts or a 0/1 mask, shape (N,) or (N, *positions): the statistics weigh each position by it, n is
             their sum. Positions of weight 0 still get y.
-        comm: has `all_gather(a) -> (size, *a.shape)` in rank order and `all_reduce(a)` in place: the statistics are
-            those of all ranks, whose counts may differ.
+        comm: a communicator of `kilter.dist`: in training the statistics, `cache.moments` and `running` are those of
+            all ranks together, on every rank the same. Counts may differ and be zero. One exchange of count, mean and
+            m2 in float64.
         out: written to and returned as y; x's shape, dtype and layout. May be x itself, at the price of a copy.
 
     Returns:
         y, of x's dtype, and the cache for `batch_norm_backward`. `cache.moments` are count, mean and m2 in float64.
 
     Raises:
-        KilterError: an argument does not fit, or there is only one value per channel in training.
+        KilterError: an argument does not fit, or there is only one value per channel in training (on all ranks
+            together, which then all raise). With `comm`, arguments are checked before the exchange.
 
     Notes:
         Reads x once where the slice of a channel fits in cache, otherwise twice, and writes y once. The running
         variance is the unbiased one, n / (n - 1), unless `running` says otherwise. The sums are taken per block about
-        the block's mean and merged in float64, so that a mean of 1e4 at a spread of 1 costs no accuracy.
+        the mean of the blocks before it, or its own where that is far off, and merged in float64, so that a mean of
+        1e4 at a spread of 1 costs no accuracy. Squares are formed in the arithmetic type: spreads up to 1e17 in float32
+        (1e150 in float64) are accurate, far larger ones give beta or NaN. Channels-first and channels-last memory are
+        summed in different orders: rstd differs by at most 2 ulp of float32, the mean by 2 ulp of itself, or of 1/8 of
+        the spread where that is larger.
 
     References:
         Ioffe, Szegedy 2015, arXiv:1502.03167.
@@ -118,6 +126,7 @@ def batch_norm(
     relu = activation is not None
     r = call.like("residual", residual)
     w = position_weights(call, weights)
+    _check.communicator(comm)
     if running is not None:
         if not isinstance(running, stats.RunningStats):
             fail("running", "a RunningStats", type(running).__name__)
@@ -135,6 +144,8 @@ def batch_norm(
         if r is not None and _check.same_memory(xp, "out", y, r):
             r = r.copy()
             overwritten = overwritten or relu
+        if comm is not None or not training:  # the fused form looks itself
+            _check.apart(xp, y, g, b, w, *(() if running is None else (running.mean, running.var)))
     saved = xp.empty((3, channels), real)
     hi, lo, rstd = saved
     if training:
@@ -166,9 +177,9 @@ def _towards(xp: Any, running: stats.RunningStats | None, count: float, eps: flo
 
 def _enough(count: float, weights: Any) -> None:
     """Refuses statistics of nothing, or of one value: its variance would be zero and y would not depend on x."""
-    if not count > 1.0:
+    if not 1.0 < count < math.inf:
         if weights is not None:
-            fail("weights", "a sum above 1 in training", f"{count:g}")
+            fail("weights", "a finite sum above 1 in training", f"{count:g}")
         fail("x", "more than one value per channel in training", f"{count:g}")
 
 
@@ -194,13 +205,16 @@ def _train_over_ranks(
     xp, ops = call.backend
     eps, running, g, b, r, relu, comm = how
     channels = call.channels
+    if running is not None:
+        running.weight(1.0)  # a schedule that fails must do so before the exchange
     rows = xp.empty(1 + 2 * channels)
     ops.bn_stats(data, call.axis, w, rows[:1], rows[1 : 1 + channels], rows[1 + channels :])
     gathered = comm.all_gather(rows)
     parts = [stats.Moments(part[0], part[1 : 1 + channels], part[1 + channels :]) for part in gathered]
     moments = stats.merge(*parts)
     count = float(moments.count)
-    _enough(count, w)
+    if channels:
+        _enough(count, w)
     running_mean, running_var, h = _towards(xp, running, count, eps)
     ops.bn_finish(xp.array([count]), moments.mean, moments.m2, h, hi, lo, rstd, running_mean, running_var)
     if running is not None:
@@ -217,7 +231,9 @@ def batch_norm_backward(dy: Any, cache: BatchNormCache, *, out: Any = None) -> B
     dbeta = Σ dz,  dgamma = Σ dz x̂,  dx = gamma rstd (dz - w Σdz / n - x̂ w Σ(dz x̂) / n),  dresidual = dz,
 
     where n is the count (the sum of weights w, which are 1 without weights). With the running statistics, which do not
-    depend on x, dx = gamma rstd dz.
+    depend on x, dx = gamma rstd dz. After a forward pass with `comm`, n and the sums in dx are those of all ranks: one
+    exchange of two vectors in float64. dgamma and dbeta are this rank's own terms, to be summed over the ranks with
+    the other gradients.
 
     Args:
         dy: the upstream gradient, of y's shape and dtype.
@@ -251,9 +267,7 @@ def batch_norm_backward(dy: Any, cache: BatchNormCache, *, out: Any = None) -> B
     if out is not None:
         if _check.same_memory(xp, "out", dx, upstream):
             upstream = upstream.copy()
-        for argument in (call.x, cache.residual, cache.weights):
-            if argument is not None and xp.shares_memory(dx, argument):
-                fail("out", "memory of its own", "memory of the forward pass")
+        _check.apart(xp, dx, call.x, cache.residual, cache.weights, cache.gamma, cache.beta)
     g = _check.vector(xp, "gamma", cache.gamma, channels, real, cache.x.dtype)
     b = _check.vector(xp, "beta", cache.beta, channels, real, cache.x.dtype)
     r = call.like("residual", cache.residual) if relu else None
@@ -282,9 +296,7 @@ def batch_norm_backward(dy: Any, cache: BatchNormCache, *, out: Any = None) -> B
         dresidual = dy
     elif dresidual is not None:
         dresidual = call.back(dresidual)
-    return BatchNormGrads(
-        call.back(dx) if out is None else out,
-        None if cache.gamma is None else sum_dy_xhat.astype(cache.gamma.dtype.newbyteorder("=")),
-        None if cache.beta is None else sum_dy.astype(cache.beta.dtype.newbyteorder("=")),
-        dresidual,
-    )
+    with np.errstate(over="ignore"):  # a sum past the largest number is infinite, as in dx
+        dgamma = None if cache.gamma is None else sum_dy_xhat.astype(cache.gamma.dtype.newbyteorder("="))
+        dbeta = None if cache.beta is None else sum_dy.astype(cache.beta.dtype.newbyteorder("="))
+    return BatchNormGrads(call.back(dx) if out is None else out, dgamma, dbeta, dresidual)
