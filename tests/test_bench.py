@@ -103,7 +103,7 @@ def test_path_bytes(monkeypatch):
         for what, path, least in zip(("forward", "inference", "backward"), streams, (2, 2, 3), strict=True):
             found = norms.case(spec, what)
             assert (found.path_bytes, found.min_bytes) == (path * size, least * size)
-    for rule, streams in (("adamw", 7), ("momentum", 5)):
+    for rule, streams in (("adamw", 7), ("momentum", 5), ("rmsprop, window of 10", 13), ("adadelta, window of 10", 25)):
         found = optim.case(optim.Spec(rule, "3 x 50"))
         assert found.path_bytes == found.min_bytes == found.yard_bytes == 4 * 150 * streams
     for dtype, extra, path, least in (

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import reference
-from kilter import KilterError
+from kilter import KilterError, norm
 from kilter.norm import batch_norm, batch_norm_backward
 from kilter.stats import RunningStats
 from support import (
@@ -215,3 +215,18 @@ def test_running_statistics_have_the_dtype_of_the_arithmetic(dtype):
     x = X32.astype("float64" if dtype == "float32" else "float32")
     with refused("running", running):
         batch_norm(x, running=running)
+
+
+@pytest.mark.parametrize("op", ["batch", "layer", "rms", "group", "instance"])
+def test_out_over_the_original_of_a_copy(rng, op):
+    """A strided x is copied for the forward; `out` over its memory leaves the backward nothing to copy again."""
+    memory = rng.normal(size=2 * 6 * 4 * 5).astype(FLOAT32)
+    x, out = memory.reshape(12, 4, 5)[::2], memory[: 6 * 4 * 5].reshape(6, 4, 5)
+    options = {"groups": 2} if op == "group" else {}
+    forward, backward = getattr(norm, f"{op}_norm"), getattr(norm, f"{op}_norm_backward")
+    wanted, _ = forward(x.copy(), **options)
+    y, cache = forward(x, out=out, **options)
+    assert y is out
+    assert same_bits(y, wanted)
+    with refused("overwrote"):
+        backward(np.ones_like(out), cache)

@@ -270,5 +270,5 @@ def fill_normal(out: _Array, seed: int, stream: int, h: _Array) -> None:
 def probe_copy(source: _Array, target: _Array) -> None:
     """Fills target with source, float32: the yardstick of what writes a new array."""
 
-def probe_update(g: _Array, arrays: Sequence[_Array]) -> None:
-    """Adds g to one to four float32 arrays: the yardstick of an optimizer with as many."""
+def probe_update(inputs: Sequence[_Array], arrays: Sequence[_Array]) -> None:
+    """Adds the sum of inputs to each of one to four float32 arrays: the yardstick of an optimizer with as many."""

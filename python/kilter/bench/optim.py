@@ -95,7 +95,8 @@ def case(spec: Spec, peers: Sequence[Peer] = ()) -> Case:
     bare = not spec.extra and spec.dtype == "float32"
     beside = {name: work for peer in peers if bare for name, work in peer.steps(spec.rule, params, grads).items()}
     rule = RULES[spec.rule]
-    yard, yard_bytes = update_yard(sum(sizes), rule.arrays)
+    # As many arrays as the rule changes, and those that it only reads: the gradient, and the rest of a window.
+    yard, yard_bytes = update_yard(sum(sizes), rule.arrays, max(1, rule.path // 4 - 2 * rule.arrays))
     path, least = (sum(sizes) * per for per in bytes_of(spec))
     return Case(str(spec), step_of(spec, params, grads), path, least, yard, yard_bytes, beside)
 

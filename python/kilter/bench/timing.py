@@ -126,10 +126,16 @@ def _copied(size: int) -> tuple[Any, Any]:
     return np.ones(size // 4, np.float32), np.ones(size // 4, np.float32)
 
 
-def update_yard(size: int, arrays: int) -> tuple[Work, int]:
-    """Returns the yardstick of an optimizer that writes so many float32 arrays, and its bytes."""
-    g, *others = (np.full(size, 1e-3, np.float32) for _ in range(1 + arrays))
-    return lambda: _kilter.probe_update(g, others), 4 * size * (1 + 2 * arrays)
+def update_yard(size: int, arrays: int, inputs: int = 1) -> tuple[Work, int]:
+    """Returns the yardstick of an optimizer on float32 arrays of that size, and its bytes.
+
+    Args:
+        size: of each array.
+        arrays: that are read and written.
+        inputs: that are read only.
+    """
+    reads, writes = ([np.full(size, 1e-3, np.float32) for _ in range(n)] for n in (inputs, arrays))
+    return lambda: _kilter.probe_update(reads, writes), 4 * size * (inputs + 2 * arrays)
 
 
 HEADING = f"{'':<46}{'ms':>9}{'path MB':>9}{'min MB':>8}{'GB/s':>7}{'yard':>6}{'share':>7}   peers: ms, times ours"

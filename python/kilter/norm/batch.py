@@ -141,6 +141,7 @@ def batch_norm(
         overwritten = _check.same_memory(xp, "out", y, call.x)
         if overwritten:
             data = call.x.copy()
+        overwritten = overwritten or _check.over_original(xp, y, x, call.x)
         if r is not None and _check.same_memory(xp, "out", y, r):
             r = r.copy()
             overwritten = overwritten or relu

@@ -231,6 +231,7 @@ def _forward(
         overwritten = _check.same_memory(xp, "out", y, call.x)
         if overwritten:
             data = call.x.copy()
+        overwritten = overwritten or _check.over_original(xp, y, x, call.x)
         _check.apart(xp, y, gamma, beta)
     mean, m2 = xp.empty((2, call.shape[0], parts))
     ops.gn_forward(data, call.axis, parts, xp.array([eps]), g, b, mean.reshape(-1), m2.reshape(-1), y)

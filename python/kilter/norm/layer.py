@@ -263,10 +263,10 @@ def _target(call: Call, x: Any, out: Any, *apart: Any) -> tuple[Any, Any, bool]:
     if out is None:
         return y, data, False
     xp = call.backend.xp
-    if call.x is not x:
-        overwritten = xp.shares_memory(y, x)
-    elif overwritten := _check.same_memory(xp, "out", y, x):
+    overwritten = _check.same_memory(xp, "out", y, call.x)
+    if overwritten:
         data = call.x.copy()
+    overwritten = overwritten or _check.over_original(xp, y, x, call.x)
     _check.apart(xp, y, *apart)
     return y, data, overwritten
 

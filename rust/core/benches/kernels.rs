@@ -174,7 +174,7 @@ fn adamw(name: &str, sizes: &[usize]) {
     };
     let mut arrays = [filled(total, 2), filled(total, 3), filled(total, 4)];
     let g = filled(total, 5);
-    let mut yard = || launch(Update::new(&g, arrays.iter_mut().map(|a| &mut a[..]).collect()).unwrap());
+    let mut yard = || launch(Update::new(vec![&g], arrays.iter_mut().map(|a| &mut a[..]).collect()).unwrap());
     report(
         Row { name: format!("adamw {name}"), bytes: 28 * total, work: Box::new(work) },
         &mut yard,

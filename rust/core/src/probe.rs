@@ -48,32 +48,41 @@ impl Kernel for Copy<'_> {
     fn merge(_: (), _: ()) {}
 }
 
-/// Reads `g` and some arrays and writes the arrays back, with one addition per element and array: the yardstick of an
-/// optimizer with as many arrays.
+/// Adds the sum of some arrays to each of some others: the yardstick of an optimizer that reads and writes as many.
 pub struct Update<'a> {
-    g: &'a [f32],
+    inputs: Vec<&'a [f32]>,
     arrays: Vec<&'a mut [f32]>,
 }
 
 impl<'a> Update<'a> {
-    /// One to four arrays as long as `g`.
-    pub fn new(g: &'a [f32], arrays: Vec<&'a mut [f32]>) -> Result<Self, Error> {
+    /// At least one array to read, and one to four of the same length to change.
+    pub fn new(inputs: Vec<&'a [f32]>, arrays: Vec<&'a mut [f32]>) -> Result<Self, Error> {
+        let Some(first) = inputs.first() else { return Err(Error::new("inputs", "at least one array", 0)) };
+        for input in &inputs {
+            length("inputs", input, first.len())?;
+        }
         if !(1..=4).contains(&arrays.len()) {
             return Err(Error::new("arrays", "1 to 4 arrays", arrays.len()));
         }
         for array in &arrays {
-            length("arrays", array, g.len())?;
+            length("arrays", array, first.len())?;
         }
-        Ok(Self { g, arrays })
+        Ok(Self { inputs, arrays })
     }
 }
 
 #[inline(always)]
-fn update<const N: usize>(g: &[f32], arrays: Vec<&mut [f32]>) {
+fn update<const N: usize>(inputs: &[&[f32]], arrays: Vec<&mut [f32]>) {
     let mut arrays: [&mut [f32]; N] = arrays.try_into().expect("as many arrays as counted");
-    for i in 0..g.len() / LANES {
+    for i in 0..inputs[0].len() / LANES {
         let at = i * LANES..(i + 1) * LANES;
-        let g: [f32; LANES] = f32::load(&g[at.clone()]);
+        let mut g: [f32; LANES] = f32::load(&inputs[0][at.clone()]);
+        for input in &inputs[1..] {
+            let more: [f32; LANES] = f32::load(&input[at.clone()]);
+            for l in 0..LANES {
+                g[l] += more[l];
+            }
+        }
         for array in &mut arrays {
             let mut sum: [f32; LANES] = f32::load(&array[at.clone()]);
             for l in 0..LANES {
@@ -88,23 +97,23 @@ impl Kernel for Update<'_> {
     type Out = ();
 
     fn bytes(&self) -> usize {
-        size_of_val(self.g) * (1 + 2 * self.arrays.len())
+        size_of_val(self.inputs[0]) * (self.inputs.len() + 2 * self.arrays.len())
     }
 
     fn halve(self) -> Result<(Self, Self), Self> {
-        let Some(at) = cut(self.g.len()) else { return Err(self) };
-        let g = self.g.split_at(at);
+        let Some(at) = cut(self.inputs[0].len()) else { return Err(self) };
+        let inputs: (Vec<_>, Vec<_>) = self.inputs.into_iter().map(|input| input.split_at(at)).unzip();
         let (left, right) = self.arrays.into_iter().map(|array| array.split_at_mut(at)).unzip();
-        Ok((Self { g: g.0, arrays: left }, Self { g: g.1, arrays: right }))
+        Ok((Self { inputs: inputs.0, arrays: left }, Self { inputs: inputs.1, arrays: right }))
     }
 
     #[inline(always)]
     fn run(self, _: Level) {
         match self.arrays.len() {
-            1 => update::<1>(self.g, self.arrays),
-            2 => update::<2>(self.g, self.arrays),
-            3 => update::<3>(self.g, self.arrays),
-            _ => update::<4>(self.g, self.arrays),
+            1 => update::<1>(&self.inputs, self.arrays),
+            2 => update::<2>(&self.inputs, self.arrays),
+            3 => update::<3>(&self.inputs, self.arrays),
+            _ => update::<4>(&self.inputs, self.arrays),
         }
     }
 

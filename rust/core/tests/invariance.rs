@@ -114,7 +114,7 @@ fn words(n: usize, runner: &impl Runner) -> Vec<u64> {
 
 fn probes(n: usize, runner: &impl Runner) -> Vec<u64> {
     let (g, mut a, mut b) = (numbers::<f32>(n, 1), numbers::<f32>(n, 2), numbers::<f32>(n, 3));
-    runner.run(Update::new(&g, vec![&mut a, &mut b]).unwrap());
+    runner.run(Update::new(vec![&g], vec![&mut a, &mut b]).unwrap());
     let mut copy = vec![0.0; n];
     runner.run(Copy::new(&g, &mut copy).unwrap());
     [bits(&a), bits(&b), bits(&copy)].concat()

@@ -25,15 +25,15 @@ fn probe_copy(py: Python<'_>, source: &Bound<'_, PyAny>, target: &Bound<'_, PyAn
 }
 
 #[pyfunction]
-fn probe_update(py: Python<'_>, g: &Bound<'_, PyAny>, arrays: Vec<Bound<'_, PyAny>>) -> PyResult<()> {
+fn probe_update(py: Python<'_>, inputs: Vec<Bound<'_, PyAny>>, arrays: Vec<Bound<'_, PyAny>>) -> PyResult<()> {
     let mut o = Opening::default();
-    let g = o.read("g", g)?;
+    let inputs = inputs.iter().map(|input| o.read("inputs", input)).collect::<PyResult<Vec<_>>>()?;
     let arrays = arrays.iter().map(|array| o.write("arrays", array)).collect::<PyResult<Vec<_>>>()?;
     let checked = o.check()?;
     let arrays = arrays.iter().map(|array| checked.write(array)).collect::<PyResult<Vec<_>>>()?;
-    let g = checked.read(&g)?;
+    let inputs = inputs.iter().map(|input| checked.read(input)).collect::<PyResult<Vec<_>>>()?;
     gate::run(py, || {
-        launch(Update::new(g, arrays)?);
+        launch(Update::new(inputs, arrays)?);
         Ok(())
     })
 }
