@@ -76,7 +76,9 @@ def test_the_bandwidth_table_is_there():
     for row in (
         "(64, 256, 56, 56) forward",
         "(8192, 1024) backward",
-        "AdamW, 1 x 25,000,000 parameters",
+        "adamw, 1 x 25,000,000",
+        "layer norm (16384, 768) forward",
+        "group norm (8, 320, 64, 64) backward",
         "normal fill",
     ):
         assert row in README
