@@ -42,7 +42,7 @@ const PARTS: usize = 32;
 const SPINS: usize = 2000;
 
 /// Below this many bytes one thread is faster than waking a second.
-const PARALLEL_BYTES: usize = 3 << 20;
+const PARALLEL_BYTES: usize = 8 << 20;
 
 /// Runs a kernel on as many threads as it is worth, and merges the parts along a tree that depends on the shape only.
 pub fn launch<K: Kernel>(kernel: K) -> K::Out {
