@@ -79,7 +79,7 @@ impl<'a, S: Storage, const WEIGHTED: bool> Stats<'a, S, WEIGHTED> {
         for look in 0..LOOKS {
             match look {
                 0 => self.look(level, tile, block, next, &about, sums, meanwhile),
-                _ => self.look_again(tile, block, &about, sums),
+                _ => self.look_again(level, tile, block, &about, sums),
             }
             let mut unsettled = false;
             for t in 0..tile.len() {
@@ -142,16 +142,17 @@ impl<'a, S: Storage, const WEIGHTED: bool> Stats<'a, S, WEIGHTED> {
         }
     }
 
-    /// The same once more. Not inlined, as it is rare; the loops of a wide level in the registers of the baseline.
+    /// The same once more. Not inlined, as it is rare; `level` still says what the CPU has.
     #[inline(never)]
     fn look_again(
         &self,
+        level: Level,
         tile: &Range<usize>,
         block: &Block,
         about: &[S::Real; TILE],
         sums: &mut [Sum<S::Real, 2>; TILE],
     ) {
-        self.look(Level::Avx2, tile, block, None, about, sums, &mut Nothing);
+        self.look(level, tile, block, None, about, sums, &mut Nothing);
     }
 
     /// The sum of the weights of a block.
