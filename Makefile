@@ -2,7 +2,7 @@
 
 PYTHON ?= python
 
-.PHONY: setup fmt lint test bench size
+.PHONY: setup fmt lint test bench wheel size
 
 setup:  # an environment in .venv, with kilter in place; again after a change of Rust code
 	test -d .venv || $(PYTHON) -m venv .venv
@@ -29,8 +29,12 @@ bench:
 	cargo bench -p kilter-core
 	$(PYTHON) -m pytest benches
 
-size:  # of the wheel: under 1.5 MB
-	rm -rf target/size
-	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir target/size .
-	@stat --printf '%n: %s bytes\n' target/size/*.whl
-	@test $$(stat --format %s target/size/*.whl) -lt 1500000
+WHEELS ?= target/wheels
+
+wheel:  # for every Linux of the last ten years; needs maturin[zig]
+	maturin build --quiet --release --zig --compatibility manylinux2014 --compression-level 9 --out $(WHEELS) \
+		-- -Clinker=$(CURDIR)/.ci/dense-cc
+
+size: wheel  # of the wheel: under 1.5 MB
+	@stat --printf '%n: %s bytes\n' $(WHEELS)/*.whl
+	@test $$(stat --format %s $(WHEELS)/*.whl) -lt 1500000
