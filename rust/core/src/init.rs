@@ -56,6 +56,7 @@ pub struct Fill<'a, S: Storage, V> {
     variate: V,
     seed: u64,
     stream: u32,
+    attempt: u32,
     first: u64,
     shift: S::Real,
     scale: S::Real,
@@ -67,7 +68,12 @@ impl<'a, S: Storage, V: Variate> Fill<'a, S, V> {
     pub fn new(out: &'a mut [S], variate: V, seed: u64, stream: u32, shift: f64, scale: f64) -> Self {
         let past = Stores::joined(out, GROUP) != Stores::Cached;
         let (shift, scale) = (S::Real::from_f64(shift), S::Real::from_f64(scale));
-        Self { out, variate, seed, stream, first: 0, shift, scale, past }
+        Self { out, variate, seed, stream, attempt: 0, first: 0, shift, scale, past }
+    }
+
+    /// The same fill with other words: of the counters whose last part is `attempt`.
+    pub fn attempt(self, attempt: u32) -> Self {
+        Self { attempt, ..self }
     }
 }
 
@@ -91,7 +97,7 @@ impl<S: Storage, V: Variate> Kernel for Fill<'_, S, V> {
     #[inline(always)]
     fn run(self, level: Level) {
         for (b, chunk) in (self.first..).zip(self.out.chunks_mut(GROUP)) {
-            let variates = self.variate.variates(group(self.seed, self.stream, 0, b));
+            let variates = self.variate.variates(group(self.seed, self.stream, self.attempt, b));
             for k in 0..4 {
                 let mut values = [S::Real::ZERO; LANES];
                 for l in 0..LANES {

@@ -118,6 +118,22 @@ pub fn loads<S: Storage, const N: usize, const L: usize>(level: Level, x: &[&[S]
     values
 }
 
+/// [`loads`] for a function that also takes `K` vectors. With few of them the values meet plain numbers first.
+#[inline(always)]
+fn settled<S: Storage, const N: usize, const K: usize, const L: usize>(
+    level: Level,
+    x: &[&[S]; N],
+    i: usize,
+) -> [[S::Real; L]; N] {
+    #[repr(align(64))]
+    struct Line<T>(T);
+    let mut values = Line(loads(level, x, i));
+    if size_of::<S>() < size_of::<S::Real>() && (K == 0 || N == 1 && K < 3) {
+        simd::settle(level, &mut values.0);
+    }
+    values.0
+}
+
 #[inline(always)]
 fn group<S: Storage, const N: usize, const K: usize, const M: usize, const B: usize, const L: usize>(
     level: Level,
@@ -129,7 +145,7 @@ fn group<S: Storage, const N: usize, const K: usize, const M: usize, const B: us
     i: usize,
     f: &impl Fn([S::Real; N], [S::Real; K]) -> ([S::Real; M], [S::Real; B]),
 ) {
-    let x: [[S::Real; L]; N] = loads(level, x, i);
+    let x: [[S::Real; L]; N] = settled::<S, N, K, L>(level, x, i);
     let v: [[S::Real; L]; K] = loads(level, v, i);
     let (mut out, mut add) = ([[S::Real::ZERO; L]; M], [[S::Real::ZERO; L]; B]);
     for l in 0..L {
@@ -355,7 +371,7 @@ fn add_group<S: Storage, const N: usize, const K: usize, const M: usize>(
     i: usize,
     f: &impl Fn([S::Real; N], [S::Real; K]) -> [S::Real; M],
 ) {
-    let x: [[S::Real; LANES]; N] = loads(level, x, i);
+    let x: [[S::Real; LANES]; N] = settled::<S, N, K, LANES>(level, x, i);
     let v: [[S::Real; LANES]; K] = loads(level, v, i);
     for l in 0..LANES {
         let values = f(from_fn(|k| x[k][l]), from_fn(|k| v[k][l]));

@@ -188,12 +188,78 @@ pub fn narrow_halves<const L: usize>(level: Level, from: &[f32; L], to: &mut [f1
 pub fn narrow_bfloats<const L: usize>(level: Level, from: &[f32; L], to: &mut [bf16; L]) -> bool {
     #[cfg(target_arch = "x86_64")]
     if L.is_multiple_of(16) && level >= Level::Avx2 {
-        // SAFETY: `detected` found AVX2.
-        unsafe { avx2_narrow_bfloats(from, to) };
+        match level {
+            // SAFETY: `detected` found AVX-512.
+            Level::Avx512 => unsafe { avx512_narrow_bfloats(from, to) },
+            // SAFETY: `detected` found AVX2.
+            _ => unsafe { avx2_narrow_bfloats(from, to) },
+        }
         return true;
     }
     let _ = (level, from, to);
     false
+}
+
+/// Widens in 512-bit registers, which compilers narrow otherwise; false where `level` has none or `L` is no multiple of 16.
+#[inline(always)]
+pub fn widen_bfloats<const L: usize>(level: Level, from: &[bf16; L], to: &mut [f32; L]) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if L.is_multiple_of(16) && level >= Level::Avx512 {
+        // SAFETY: `detected` found AVX-512.
+        unsafe { avx512_widen_bfloats(from, to) };
+        return true;
+    }
+    let _ = (level, from, to);
+    false
+}
+
+/// Sends `values` through memory where registers have 512 bits. Compilers take such a register apart and put the lanes
+/// together again with shuffles where a loop's first operation has the same number for every lane; what lies in memory
+/// they load at once.
+#[inline(always)]
+pub fn settle<T>(level: Level, values: &mut T) {
+    #[cfg(target_arch = "x86_64")]
+    if level >= Level::Avx512 {
+        // SAFETY: no instruction; the compiler takes it that one changed `values`, to values that it may have.
+        unsafe { std::arch::asm!("/* {0} */", in(reg) &raw mut *values, options(nostack, preserves_flags)) };
+    }
+    let _ = (level, values);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx2,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
+fn avx512_widen_bfloats<const L: usize>(from: &[bf16; L], to: &mut [f32; L]) {
+    use std::arch::x86_64::*;
+    for i in 0..L / 16 {
+        // SAFETY: sixteen elements from 16 * i on lie in both arrays; bf16 is two bytes of bits.
+        unsafe {
+            let sixteen = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.as_ptr().add(16 * i).cast()));
+            let wide = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(sixteen));
+            _mm512_storeu_ps(to.as_mut_ptr().add(16 * i), wide);
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx2,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
+fn avx512_narrow_bfloats<const L: usize>(from: &[f32; L], to: &mut [bf16; L]) {
+    use std::arch::x86_64::*;
+    for i in 0..L / 16 {
+        // SAFETY: sixteen elements from 16 * i on lie in both arrays; bf16 is two bytes of bits.
+        unsafe {
+            let x = _mm512_loadu_ps(from.as_ptr().add(16 * i));
+            let bits = _mm512_castps_si512(x);
+            let upper = _mm512_srli_epi32::<16>(bits);
+            let odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
+            let sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x);
+            let rounded = _mm512_srli_epi32::<16>(sum);
+            let all = _mm512_mask_or_epi32(rounded, nan, upper, _mm512_set1_epi32(0x40));
+            _mm256_storeu_si256(to.as_mut_ptr().add(16 * i).cast(), _mm512_cvtepi32_epi16(all));
+        }
+    }
 }
 
 #[cfg(target_arch = "x86_64")]

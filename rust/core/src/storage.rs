@@ -14,6 +14,9 @@ pub trait Storage: Copy + Default + PartialEq + Send + Sync + 'static {
     /// The arithmetic of kernels on this type.
     type Real: Real;
 
+    /// The highest level at which kernels on this type are faster than at the one below; see [`crate::kernel::Kernel::TOP`].
+    const TOP: Level = Level::Avx2;
+
     /// The value, exactly.
     fn widen(self) -> Self::Real;
 
@@ -105,6 +108,9 @@ native!(f64);
 impl Storage for bf16 {
     type Real = f32;
 
+    // Twice as many conversions an instruction.
+    const TOP: Level = Level::Avx512;
+
     fn source(from: &[Self]) -> Source<'_, f32> {
         Source::Bf16(from)
     }
@@ -124,6 +130,16 @@ impl Storage for bf16 {
         let rounded = bits.wrapping_add(0x7FFF + ((bits >> 16) & 1)) >> 16;
         let quiet_nan = (bits >> 16) | 0x40;
         bf16::from_bits(if bits & 0x7FFF_FFFF > 0x7F80_0000 { quiet_nan } else { rounded } as u16)
+    }
+
+    #[inline(always)]
+    fn load_at<const L: usize>(level: Level, from: &[Self]) -> [f32; L] {
+        let from: &[Self; L] = from[..L].try_into().expect("sliced to L");
+        let mut to = [0.0; L];
+        if !simd::widen_bfloats(level, from, &mut to) {
+            to = Self::load(from);
+        }
+        to
     }
 
     #[inline(always)]
@@ -232,6 +248,9 @@ mod tests {
                 let wanted = bf16::round(values).map(bf16::to_bits);
                 for level in Level::ALL.into_iter().filter(|level| *level <= simd::level()) {
                     assert_eq!(bf16::round_at(level, values).map(bf16::to_bits), wanted, "{top:#x} {low:#x}");
+                    let halves = wanted.map(bf16::from_bits);
+                    let wide = bf16::load_at::<16>(level, &halves).map(f32::to_bits);
+                    assert_eq!(wide, bf16::load::<16>(&halves).map(f32::to_bits), "{top:#x} {low:#x}");
                 }
             }
         }

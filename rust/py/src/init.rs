@@ -30,12 +30,20 @@ fn philox(py: Python<'_>, out: &Bound<'_, PyAny>, seed: u64, stream: u32, attemp
 
 #[pyfunction]
 fn fill_uniform(py: Python<'_>, out: &Bound<'_, PyAny>, seed: u64, stream: u32, h: &Bound<'_, PyAny>) -> PyResult<()> {
-    fill(py, out, Uniform, seed, stream, h)
+    fill(py, out, Uniform, seed, stream, 0, h)
 }
 
 #[pyfunction]
-fn fill_normal(py: Python<'_>, out: &Bound<'_, PyAny>, seed: u64, stream: u32, h: &Bound<'_, PyAny>) -> PyResult<()> {
-    fill(py, out, Normal, seed, stream, h)
+#[pyo3(signature = (out, seed, stream, h, attempt=0))]
+fn fill_normal(
+    py: Python<'_>,
+    out: &Bound<'_, PyAny>,
+    seed: u64,
+    stream: u32,
+    h: &Bound<'_, PyAny>,
+    attempt: u32,
+) -> PyResult<()> {
+    fill(py, out, Normal, seed, stream, attempt, h)
 }
 
 fn fill(
@@ -44,6 +52,7 @@ fn fill(
     variate: impl Variate,
     seed: u64,
     stream: u32,
+    attempt: u32,
     h: &Bound<'_, PyAny>,
 ) -> PyResult<()> {
     let mut o = Opening::default();
@@ -52,28 +61,33 @@ fn fill(
     let [shift, scale] = *checked.read::<f64>(&h)? else {
         return Err(error(Error::new("h", "shift, scale", format_args!("{:?}", h.shape()))));
     };
+    let how = How { variate, seed, stream, attempt, shift, scale };
     match out.dtype {
-        Dtype::F64 => launch_fill::<f64>(py, &checked, &out, variate, seed, stream, shift, scale),
-        Dtype::F32 => launch_fill::<f32>(py, &checked, &out, variate, seed, stream, shift, scale),
-        Dtype::F16 => launch_fill::<f16>(py, &checked, &out, variate, seed, stream, shift, scale),
-        Dtype::Bf16 => launch_fill::<bf16>(py, &checked, &out, variate, seed, stream, shift, scale),
+        Dtype::F64 => how.launch::<f64>(py, &checked, &out),
+        Dtype::F32 => how.launch::<f32>(py, &checked, &out),
+        Dtype::F16 => how.launch::<f16>(py, &checked, &out),
+        Dtype::Bf16 => how.launch::<bf16>(py, &checked, &out),
         Dtype::U32 => Err(error(Error::new("out", "a floating-point dtype", out.dtype.name()))),
     }
 }
 
-fn launch_fill<S: Storage + Element>(
-    py: Python<'_>,
-    checked: &Checked,
-    out: &Noted<'_>,
-    variate: impl Variate,
+/// What to fill with.
+struct How<V> {
+    variate: V,
     seed: u64,
     stream: u32,
+    attempt: u32,
     shift: f64,
     scale: f64,
-) -> PyResult<()> {
-    let out = checked.write::<S>(out)?;
-    gate::run(py, || {
-        launch(Fill::new(out, variate, seed, stream, shift, scale));
-        Ok(())
-    })
+}
+
+impl<V: Variate> How<V> {
+    fn launch<S: Storage + Element>(self, py: Python<'_>, checked: &Checked, out: &Noted<'_>) -> PyResult<()> {
+        let out = checked.write::<S>(out)?;
+        gate::run(py, || {
+            let fill = Fill::new(out, self.variate, self.seed, self.stream, self.shift, self.scale);
+            launch(fill.attempt(self.attempt));
+            Ok(())
+        })
+    }
 }

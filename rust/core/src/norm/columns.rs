@@ -281,7 +281,7 @@ pub(super) fn stats_by<S: Storage>(data: Data<'_, S>, alone: bool) -> Channels {
 impl<S: Storage, const WEIGHTED: bool> Kernel for Stats<'_, S, WEIGHTED> {
     type Out = Channels;
 
-    const TOP: Level = if WEIGHTED { Level::Baseline } else { Level::Avx2 };
+    const TOP: Level = if WEIGHTED { Level::Avx2 } else { S::TOP };
 
     fn bytes(&self) -> usize {
         size_of_val(self.x)
@@ -405,6 +405,8 @@ pub(super) fn apply_by<S: Storage>(
 
 impl<S: Storage> Kernel for Apply<'_, S> {
     type Out = ();
+
+    const TOP: Level = S::TOP;
 
     fn bytes(&self) -> usize {
         size_of_val(self.x) + size_of_val(self.y) + self.residual.map_or(0, size_of_val)

@@ -53,6 +53,8 @@ pub(super) fn reduce_by<S: Storage>(up: Upstream<'_, S>, alone: bool) -> Sums {
 impl<S: Storage> Kernel for Reduce<'_, S> {
     type Out = Sums;
 
+    const TOP: Level = S::TOP;
+
     fn bytes(&self) -> usize {
         size_of_val(self.dy) + size_of_val(self.x) + self.residual.map_or(0, size_of_val)
     }
@@ -148,6 +150,8 @@ pub(super) fn apply<S: Storage>(
 
 impl<S: Storage> Kernel for Apply<'_, S> {
     type Out = ();
+
+    const TOP: Level = S::TOP;
 
     fn bytes(&self) -> usize {
         size_of_val(self.dx) * if self.dresidual.is_some() { 5 } else { 3 }

@@ -252,6 +252,8 @@ impl<S: Storage> Forward<'_, S> {
 impl<S: Storage> Kernel for Forward<'_, S> {
     type Out = ();
 
+    const TOP: Level = S::TOP;
+
     fn bytes(&self) -> usize {
         2 * size_of_val(self.x)
     }
@@ -297,6 +299,8 @@ struct Apply<'a, S: Storage> {
 
 impl<S: Storage> Kernel for Apply<'_, S> {
     type Out = ();
+
+    const TOP: Level = S::TOP;
 
     fn bytes(&self) -> usize {
         size_of_val(self.x) + size_of_val(self.y)

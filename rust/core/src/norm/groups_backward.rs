@@ -142,6 +142,8 @@ fn slopes<R: Real>(saved: &[[R; 3]], sums: &[[f64; 2]], count: usize) -> Slopes<
 impl<S: Storage> Kernel for Backward<'_, S> {
     type Out = Sums;
 
+    const TOP: Level = S::TOP;
+
     fn bytes(&self) -> usize {
         3 * size_of_val(self.dx)
     }
@@ -186,6 +188,8 @@ const PART: usize = 4;
 
 impl<S: Storage> Kernel for Places<'_, S> {
     type Out = Sums;
+
+    const TOP: Level = S::TOP;
 
     fn bytes(&self) -> usize {
         3 * size_of_val(self.dx)
@@ -262,6 +266,8 @@ struct Apply<'a, S: Storage> {
 impl<S: Storage> Kernel for Apply<'_, S> {
     type Out = ();
 
+    const TOP: Level = S::TOP;
+
     fn bytes(&self) -> usize {
         3 * size_of_val(self.dx)
     }
@@ -319,6 +325,8 @@ fn write_rows<S: Storage>(
 
 impl<S: Storage> Kernel for Rows<'_, S> {
     type Out = ();
+
+    const TOP: Level = S::TOP;
 
     fn bytes(&self) -> usize {
         3 * size_of_val(self.dx)

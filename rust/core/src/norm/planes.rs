@@ -169,7 +169,7 @@ impl<'a, S: Storage, const WEIGHTED: bool> Stats<'a, S, WEIGHTED> {
 impl<S: Storage, const WEIGHTED: bool> Kernel for Stats<'_, S, WEIGHTED> {
     type Out = Channels;
 
-    const TOP: Level = if WEIGHTED { Level::Baseline } else { Level::Avx2 };
+    const TOP: Level = if WEIGHTED { Level::Avx2 } else { S::TOP };
 
     fn bytes(&self) -> usize {
         self.region.len() * size_of::<S>()
@@ -254,6 +254,8 @@ pub(super) fn apply<S: Storage>(
 
 impl<S: Storage> Kernel for Apply<'_, S> {
     type Out = ();
+
+    const TOP: Level = S::TOP;
 
     fn bytes(&self) -> usize {
         size_of_val(self.x) + size_of_val(self.y) + self.residual.map_or(0, size_of_val)
@@ -363,6 +365,8 @@ impl<S: Storage> Meanwhile<S> for Write<'_, '_, S> {
 
 impl<S: Storage> Kernel for Train<'_, S> {
     type Out = Channels;
+
+    const TOP: Level = S::TOP;
 
     fn bytes(&self) -> usize {
         self.stats.bytes() * if self.residual.is_some() { 3 } else { 2 }

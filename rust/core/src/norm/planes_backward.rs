@@ -3,7 +3,7 @@
 use super::region::{Region, Samples, TILE, cut, pieces, tile, tiles};
 use super::{Shape, Sums, Upstream, centred, gradient, masked, mean_dy, slope};
 use crate::kernel::{Kernel, launch};
-use crate::lanes::{Stores, Sum, map};
+use crate::lanes::{Stores, Sum, map, totals};
 use crate::simd::Level;
 use crate::storage::Storage;
 use std::ops::Range;
@@ -23,15 +23,17 @@ impl<'a, S: Storage> Reduce<'a, S> {
         Self { up, region: Region::all(up.data.shape, 2 * size_of::<S>()) }
     }
 
-    /// Adds the sums of the channels `tile` to `state`, whose first channel is `tile.start`.
+    /// Adds the sums of the channels `tile` to `all`.
     #[inline(always)]
-    fn tile(&self, level: Level, tile: Range<usize>, state: &mut Sums) {
+    fn tile(&self, level: Level, tile: Range<usize>, sums: &mut [Sum<S::Real, 2>; TILE], all: &mut Sums) {
         let Upstream { dy, data, affine, residual, relu } = self.up;
-        let mut sums = [Sum::<S::Real, 2>::ZERO; TILE];
+        let first = tile.start - all.first;
         // Memory fetches the plane of the next sample meanwhile; of a small plane, one further ahead.
         let stride = data.shape.channels * data.shape.inner * (AHEAD / data.shape.inner.max(1)).max(1);
         for (planes, inner) in self.region.blocks() {
-            sums[..tile.len()].fill(Sum::ZERO);
+            for t in 0..tile.len() {
+                sums[t].clear();
+            }
             for n in planes {
                 for c in tile.clone() {
                     let at = self.region.at(n, c, &inner);
@@ -56,10 +58,10 @@ impl<'a, S: Storage> Reduce<'a, S> {
                     }
                 }
             }
+            let totals = totals(sums, tile.len());
             for t in 0..tile.len() {
-                let [dy, dy_xhat] = sums[t].total();
-                state.dy[t] += dy;
-                state.dy_xhat[t] += dy_xhat;
+                all.dy[first + t] += totals[t][0];
+                all.dy_xhat[first + t] += totals[t][1];
             }
         }
     }
@@ -67,6 +69,8 @@ impl<'a, S: Storage> Reduce<'a, S> {
 
 impl<S: Storage> Kernel for Reduce<'_, S> {
     type Out = Sums;
+
+    const TOP: Level = S::TOP;
 
     fn bytes(&self) -> usize {
         self.region.len() * size_of::<S>() * if self.up.residual.is_some() { 3 } else { 2 }
@@ -83,12 +87,10 @@ impl<S: Storage> Kernel for Reduce<'_, S> {
     #[inline(always)]
     fn run(self, level: Level) -> Sums {
         let channels = self.region.channels.clone();
-        let mut all = Sums::zero(channels.start, 0);
+        let mut all = Sums::zero(channels.start, channels.len());
+        let mut sums = [Sum::ZERO; TILE];
         for tile in tiles(&channels, tile(self.up.data.shape, 2 * size_of::<S>())) {
-            let mut state = Sums::zero(tile.start, tile.len());
-            self.tile(level, tile, &mut state);
-            all.dy.extend(&state.dy);
-            all.dy_xhat.extend(&state.dy_xhat);
+            self.tile(level, tile, &mut sums, &mut all);
         }
         all
     }
@@ -179,7 +181,7 @@ pub(super) fn apply<S: Storage>(
 impl<S: Storage, const WEIGHTED: bool> Kernel for Apply<'_, S, WEIGHTED> {
     type Out = ();
 
-    const TOP: Level = if WEIGHTED { Level::Baseline } else { Level::Avx2 };
+    const TOP: Level = if WEIGHTED { Level::Avx2 } else { S::TOP };
 
     fn bytes(&self) -> usize {
         size_of_val(self.dx) * if self.dresidual.is_some() { 5 } else { 3 }
@@ -241,6 +243,8 @@ impl<'a, S: Storage> Backward<'a, S> {
 impl<S: Storage> Kernel for Backward<'_, S> {
     type Out = Sums;
 
+    const TOP: Level = S::TOP;
+
     fn bytes(&self) -> usize {
         self.reduce.region.len() * size_of::<S>() * if self.dresidual.is_some() { 5 } else { 3 }
     }
@@ -265,10 +269,10 @@ impl<S: Storage> Kernel for Backward<'_, S> {
         let Shape { outer, inner, .. } = up.data.shape;
         let channels = self.reduce.region.channels.clone();
         let first = channels.start;
-        let mut all = Sums::zero(first, 0);
+        let mut all = Sums::zero(first, channels.len());
+        let mut sums = [Sum::ZERO; TILE];
         for tile in tiles(&channels, tile(up.data.shape, 2 * size_of::<S>())) {
-            let mut state = Sums::zero(tile.start, tile.len());
-            self.reduce.tile(level, tile.clone(), &mut state);
+            self.reduce.tile(level, tile.clone(), &mut sums, &mut all);
             for n in 0..outer {
                 for c in tile.clone() {
                     let at = self.reduce.region.at(n, c, &(0..inner));
@@ -277,16 +281,13 @@ impl<S: Storage> Kernel for Backward<'_, S> {
                     let ahead = if c + tile.len() < channels.end { next..next + inner } else { 0..0 };
                     let ahead = [up.dy, up.data.x].map(|a| &a[ahead.clone()]);
                     let run = (c - first) * inner..(c - first + 1) * inner;
-                    let t = c - tile.start;
-                    let slope = slope(state.dy_xhat[t], self.count, up.affine.rstd[c]);
-                    let means = [mean_dy(state.dy[t], self.count), slope];
+                    let slope = slope(all.dy_xhat[c - first], self.count, up.affine.rstd[c]);
+                    let means = [mean_dy(all.dy[c - first], self.count), slope];
                     let dx = &mut self.dx.0[n][run.clone()];
                     let dresidual = self.dresidual.as_mut().map(|d| &mut d.0[n][run]);
                     write::<S, false>(level, &up, at, &[], c, means, dx, dresidual, self.stores, ahead);
                 }
             }
-            all.dy.extend(&state.dy);
-            all.dy_xhat.extend(&state.dy_xhat);
         }
         all
     }

@@ -151,6 +151,8 @@ fn moments<S: Storage>(
 impl<S: Storage> Kernel for Forward<'_, S> {
     type Out = ();
 
+    const TOP: Level = S::TOP;
+
     fn bytes(&self) -> usize {
         size_of_val(self.x) * if self.residual.is_some() { 4 } else { 2 }
     }

@@ -64,6 +64,8 @@ impl<'a, S: Storage> Backward<'a, S> {
 impl<S: Storage> Kernel for Backward<'_, S> {
     type Out = Sums;
 
+    const TOP: Level = S::TOP;
+
     fn bytes(&self) -> usize {
         size_of_val(self.x) * if self.dsum.is_some() { 4 } else { 3 }
     }
