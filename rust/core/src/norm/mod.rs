@@ -207,6 +207,9 @@ pub fn apply<S: Storage>(
     }
     if shape.inner == 1 {
         columns::apply(x, shape, affine, residual, relu, y);
+    } else if let Some(matrix) = small::matrix(shape) {
+        let vectors = small::Vectors::new(affine, shape.inner);
+        columns::apply(x, matrix, vectors.affine(), residual, relu, y);
     } else {
         planes::apply(x, shape, affine, residual, relu, y);
     }
@@ -337,6 +340,10 @@ pub fn backward_apply<S: Storage>(
     let slope: Vec<_> = sums.dy_xhat.iter().zip(up.affine.rstd).map(|(sum, rstd)| slope(*sum, count, *rstd)).collect();
     if shape.inner == 1 {
         columns_backward::apply(up, &mean_dy, &slope, dx, dresidual);
+    } else if let (Some(matrix), None) = (small::matrix(shape), up.data.weights) {
+        let vectors = small::Vectors::new(up.affine, shape.inner);
+        let [mean_dy, slope] = [mean_dy, slope].map(|v| small::spread(&v, shape.inner));
+        columns_backward::apply(small::upstream(up, matrix, &vectors), &mean_dy, &slope, dx, dresidual);
     } else {
         planes_backward::apply(up, &mean_dy, &slope, dx, dresidual);
     }

@@ -1,5 +1,5 @@
-//! Sums over small planes, 7x7 and the like: the array is seen as a matrix with one row per sample. Its columns are
-//! summed side by side, and those of a channel merged at the end.
+//! Small planes, 7x7 and the like: the array is seen as a matrix with one row per sample. Its columns are summed side by
+//! side, and those of a channel merged at the end; its rows are written with vectors of one value per column.
 
 use super::{Affine, Data, Shape, Sums, Upstream};
 use crate::moments::{Channels, Moments};
