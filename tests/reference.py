@@ -3,6 +3,7 @@
 Nothing here is fast, nothing writes in place, and nothing imports kilter.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -250,13 +251,29 @@ def uniform(size, *, seed, stream=0):
     return (words(size, seed=seed, stream=stream) >> 8) * 2.0**-24
 
 
-def normal(size, *, seed, stream=0):
+def normal(size, *, seed, stream=0, attempt=0):
     """Box and Muller (1958) on words (0, 1) and (2, 3) of one counter, in float64."""
     groups = -(-size // 64)
-    w = words(64 * groups, seed=seed, stream=stream).reshape(groups, 2, 2, 16) >> 8
+    w = words(64 * groups, seed=seed, stream=stream, attempt=attempt).reshape(groups, 2, 2, 16) >> 8
     a, v = (w[:, :, 0] + 1) * 2.0**-24, w[:, :, 1] * 2.0**-24
     r, angle = np.sqrt(-2 * np.log(a)), 2 * np.pi * v
     return np.stack([r * np.cos(angle), r * np.sin(angle)], 2).reshape(-1)[:size]
+
+
+def truncated_normal(size, *, seed, stream=0, cut=2.0):
+    """Each element's first normal variate, over the attempts, with abs(z) < cut: not scaled to variance 1."""
+    z = normal(size, seed=seed, stream=stream)
+    attempt = 0
+    while (outside := np.abs(z) >= cut).any():
+        attempt += 1
+        z[outside] = normal(size, seed=seed, stream=stream, attempt=attempt)[outside]
+    return z
+
+
+def truncated_deviation(cut=2.0):
+    """Standard deviation of a standard normal cut off at +-cut: var = 1 - 2 cut pdf(cut) / (2 cdf(cut) - 1)."""
+    inside, density = math.erf(cut / math.sqrt(2)), math.exp(-(cut**2) / 2) / math.sqrt(2 * math.pi)
+    return math.sqrt(1 - 2 * cut * density / inside)
 
 
 # --------------------------------------------------------------------------- initialisation

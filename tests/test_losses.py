@@ -9,6 +9,7 @@ from kilter import nn
 
 F64 = np.float64
 SIXTEEN = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
+DTYPES = [np.dtype(F64), np.dtype(np.float32), *SIXTEEN]
 
 
 def randn(*shape, seed=0, dtype=F64):
@@ -113,6 +114,28 @@ def test_elementwise_losses(loss):
     assert nn.mse(np.array([1.0, 3.0]), np.array([0.0, 1.0]))[0] == 2.5
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("targets", ["labels", "soft"])
+def test_cross_entropy_on_every_backend(backend, dtype, targets):
+    z, y = randn(6, 4).astype(dtype), np.array([0, 1, 2, 3, 0, 1])
+    if targets == "soft":
+        y = np.eye(4, dtype=np.float32)[y] * np.float32(0.5) + np.float32(0.125)
+    w = np.array([1.0, 2, 0, 1, 1, 3])
+    options = {"label_smoothing": 0.1, "smooth_others": "rest"}
+    loss, dz = nn.softmax_cross_entropy(*map(backend.array, (z, y)), weights=backend.array(w), **options)
+    want, dwant = nn.softmax_cross_entropy(z, y, weights=w, **options)
+    assert isinstance(loss, float) and loss == pytest.approx(want, rel=1e-6)
+    np.testing.assert_array_equal(backend.numpy(dz), dwant)
+
+
+@pytest.mark.parametrize("loss", [nn.bce_with_logits, nn.mse])
+def test_elementwise_losses_on_every_backend(backend, loss):
+    z, t = randn(5, 3), np.random.default_rng(1).random((5, 3))
+    got, want = loss(backend.array(z), backend.array(t)), loss(z, t)
+    assert got[0] == want[0]
+    np.testing.assert_array_equal(backend.numpy(got[1]), want[1])
+
+
 X = np.ones((2, 4), np.float32)
 Y = np.array([0, 1])
 BAD = {
@@ -122,10 +145,15 @@ BAD = {
     "list of labels": (lambda: nn.softmax_cross_entropy(X, [0, 1]), "targets: expected a NumPy array"),
     "too many labels": (lambda: nn.softmax_cross_entropy(X, np.array([0, 1, 2])), "targets: expected shape"),
     "soft shape": (lambda: nn.softmax_cross_entropy(X, np.ones((2, 3))), "targets: expected shape"),
-    "soft sum": (
-        lambda: nn.softmax_cross_entropy(X, np.ones((2, 4))),
-        "targets: expected rows that sum to 1",
+    "soft sum": (lambda: nn.softmax_cross_entropy(X, np.ones((2, 4))), "targets: expected rows .* that sum to 1"),
+    "soft negative": (
+        lambda: nn.softmax_cross_entropy(X, np.array([[-1.0, 2, 0, 0], [1, 0, 0, 0]])),
+        "targets: expected rows of numbers of at least 0",
     ),
+    "soft NaN": (lambda: nn.softmax_cross_entropy(X, np.full((2, 4), np.nan)), "targets: expected rows"),
+    "no classes": (lambda: nn.softmax_cross_entropy(X[:, :0], Y), "one class"),
+    "negative weights": (lambda: nn.softmax_cross_entropy(X, Y, weights=np.array([2.0, -1])), "weights: expected"),
+    "weights shape": (lambda: nn.softmax_cross_entropy(X, Y, weights=np.ones(3)), "weights: expected shape"),
     "eps": (lambda: nn.softmax_cross_entropy(X, Y, label_smoothing=1.5), "label_smoothing: expected"),
     "others": (lambda: nn.softmax_cross_entropy(X, Y, smooth_others="all"), "smooth_others: expected"),
     "rest of one": (

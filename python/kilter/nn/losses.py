@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from kilter import _check
+from kilter._backend import backend_of
 from kilter._check import KilterError, arithmetic
 from kilter.nn.module import Array, expect
 
@@ -29,7 +30,7 @@ def softmax_cross_entropy(
     logits
         z (N, K), floating.
     targets
-        (N,) integers in [0, K), or (N, K) floating rows that sum to 1.
+        (N,) integers in [0, K), or (N, K) floating rows of numbers of at least 0 that sum to 1.
     label_smoothing
         eps in [0, 1]: how much probability leaves the target.
     smooth_others
@@ -53,31 +54,36 @@ def softmax_cross_entropy(
     Szegedy et al., 2016, arXiv:1512.00567 (label smoothing, uniform).
     """
     expect(logits, ("N", "K"), None, "logits")
+    xp = backend_of(logits, targets, weights, names=("logits", "targets", "weights")).xp
     samples, classes = logits.shape
+    if not samples or not classes:
+        raise KilterError(f"logits: expected at least one sample and one class, got shape {logits.shape}")
     real = arithmetic("logits", logits.dtype)
     on, off = _smoothing(label_smoothing, smooth_others, classes)
     scale = _scale(weights, samples, real)
+    soft = getattr(targets, "ndim", 0) == 2
+    q = _soft(xp, targets, logits.shape, real) if soft else _flat_index(xp, targets, samples, classes)
     with np.errstate(invalid="ignore"):  # inf and NaN travel into the loss, where the caller sees them
-        z = logits.T.astype(real, order="C")  # classes first: every reduction runs over whole rows
-        z -= np.maximum.reduce(z, axis=0, initial=-np.inf)
-        p = np.exp(z)
-        total = np.add.reduce(p, axis=0)
+        z = xp.array(logits.T, dtype=real, order="C")  # classes first: every reduction runs over whole rows
+        z -= z.max(axis=0)
+        p = xp.exp(z)
+        total = p.sum(axis=0)
         p /= total
-        per_sample = np.log(total)
-        if getattr(targets, "ndim", 0) == 2:
-            q = _soft(targets, logits.shape, real)
-            q = q * (on - off) + off if off else q
-            per_sample -= np.einsum("kn,kn->n", q, z)
+        per_sample = xp.log(total)
+        if soft:
+            if off:
+                q *= on - off
+                q += off
+            per_sample -= xp.einsum("kn,kn->n", q, z)
             p -= q
         else:
-            at = _flat_index(targets, samples, classes)
-            per_sample -= (on - off) * z.ravel().take(at)
+            per_sample -= (on - off) * z.ravel().take(q)
             if off:
-                per_sample -= off * np.add.reduce(z, axis=0)
+                per_sample -= off * z.sum(axis=0)
                 p -= off
-            p.ravel()[at] -= on - off
+            p.ravel()[q] -= on - off
         per_sample *= scale
-        loss = float(np.add.reduce(per_sample, dtype=np.float64))
+        loss = float(per_sample.sum(dtype=np.float64))
         p *= scale
         return loss, p.T.astype(logits.dtype, order="C")
 
@@ -96,13 +102,20 @@ def bce_with_logits(logits: Array, targets: Array) -> tuple[float, Array]:
     -------
     (float, dlogits = (sigmoid(z) - t) / z.size)
     """
-    z, t, real = _pair(logits, targets, "logits")
-    if t.size and not (t.min() >= 0 and t.max() <= 1):
+    xp, z, t = _pair(logits, targets, "logits")
+    if not (t.min() >= 0 and t.max() <= 1):
         raise KilterError("targets: expected numbers in [0, 1]")
-    small = np.exp(-np.abs(z))
-    loss = np.maximum(z, 0) - z * t + np.log1p(small)
-    sigmoid = np.where(z >= 0, real.type(1), small) / (1 + small)
-    return float(loss.mean(dtype=np.float64)), ((sigmoid - t) / real.type(z.size)).astype(logits.dtype, copy=False)
+    small = xp.exp(-abs(z))
+    part = xp.log1p(small)
+    part += xp.maximum(z, 0)
+    part -= z * t
+    loss = float(part.mean(dtype=np.float64))
+    sigmoid = xp.where(z >= 0, z.dtype.type(1), small)
+    small += 1
+    sigmoid /= small
+    sigmoid -= t
+    sigmoid /= z.dtype.type(z.size)
+    return loss, sigmoid.astype(logits.dtype, copy=False)
 
 
 def mse(y: Array, targets: Array) -> tuple[float, Array]:
@@ -113,10 +126,11 @@ def mse(y: Array, targets: Array) -> tuple[float, Array]:
     y, targets
         The same shape; y floating.
     """
-    wide, t, real = _pair(y, targets, "y")
+    xp, wide, t = _pair(y, targets, "y")
     diff = wide - t
-    loss = float(np.square(diff).mean(dtype=np.float64))
-    return loss, (diff * real.type(2 / diff.size)).astype(y.dtype, copy=False)
+    loss = float(xp.square(diff).mean(dtype=np.float64))
+    diff *= diff.dtype.type(2 / diff.size)
+    return loss, diff.astype(y.dtype, copy=False)
 
 
 def _smoothing(eps: float, others: str, classes: int) -> tuple[float, float]:
@@ -136,8 +150,6 @@ def _smoothing(eps: float, others: str, classes: int) -> tuple[float, float]:
 
 def _scale(weights: Array | None, samples: int, real: np.dtype[Any]) -> Any:
     """1 / N, or the weights divided by their sum."""
-    if samples == 0:
-        raise KilterError("logits: expected at least one sample, got shape (0, K)")
     if weights is None:
         return real.type(1 / samples)
     expect(weights, (samples,), None, "weights")
@@ -148,35 +160,37 @@ def _scale(weights: Array | None, samples: int, real: np.dtype[Any]) -> Any:
     return (wide / total).astype(real)
 
 
-def _flat_index(targets: Array, samples: int, classes: int) -> Array:
+def _flat_index(xp: Any, targets: Array, samples: int, classes: int) -> Array:
     """Where each sample's class lies in the flattened (K, N) logits."""
     expect(targets, (samples,), None, "targets")
     if targets.dtype.kind not in "iu":
         raise KilterError(f"targets: expected integers or soft targets ({samples}, {classes}), got {targets.dtype}")
     at: Array = targets.astype(np.intp)
-    if np.maximum.reduce(at.view(np.uintp)) >= classes:  # negative labels are large there
+    if at.view(np.uintp).max() >= classes:  # negative labels are large there
         wrong = targets[(targets < 0) | (targets >= classes)]
         raise KilterError(f"targets: expected labels in [0, {classes}), got {wrong[0]}")
     at *= samples
-    at += np.arange(samples)
+    at += xp.arange(samples)
     return at
 
 
-def _soft(targets: Array, shape: tuple[int, ...], real: np.dtype[Any]) -> Array:
-    """Soft targets as (K, N)."""
+def _soft(xp: Any, targets: Array, shape: tuple[int, ...], real: np.dtype[Any]) -> Array:
+    """Soft targets as a new array (K, N)."""
     expect(targets, shape, None, "targets")
     arithmetic("targets", targets.dtype)
-    q: Array = targets.T.astype(real, order="C")
+    q: Array = xp.array(targets.T, dtype=real, order="C")
     # wide enough for rows rounded to bfloat16
-    if not (np.abs(np.add.reduce(q, axis=0) - 1) < 2e-2).all():
-        raise KilterError("targets: expected rows that sum to 1")
+    if not ((abs(q.sum(axis=0) - 1) < 2e-2).all() and q.min() >= 0):
+        raise KilterError("targets: expected rows of numbers of at least 0 that sum to 1")
     return q
 
 
-def _pair(y: Array, targets: Array, name: str) -> tuple[Array, Array, np.dtype[Any]]:
+def _pair(y: Array, targets: Array, name: str) -> tuple[Any, Array, Array]:
+    """The array module, and both in the arithmetic's dtype."""
     _check.array(name, y)
     real = arithmetic(name, y.dtype)
     expect(targets, y.shape, None, "targets")
+    xp = backend_of(y, targets, names=(name, "targets")).xp
     if y.size == 0:
         raise KilterError(f"{name}: expected at least one element, got shape {y.shape}")
-    return y.astype(real), targets.astype(real), real
+    return xp, y.astype(real, copy=False), targets.astype(real, copy=False)
