@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from kilter import _check
+from kilter._backend import backend_of
 from kilter._check import KilterError, seed_and_stream
-from kilter._kilter import philox
 from kilter.nn.module import Array, Module, State, expect
 
 _FIRST_STREAM = 2**31  # streams below belong to initialisation and to the order of the data
@@ -50,20 +51,22 @@ class Dropout(Module):
         if not self.training or self.p == 0:
             self._mask = None
             return x
-        words = self.buffer("words", x.shape, np.dtype(np.uint32))
-        philox(words, self.seed, _FIRST_STREAM + self.stream, attempt=self.calls % 2**32)
+        xp, ops = backend_of(_check.array("x", x))
+        words = self.buffer("words", x, x.shape, np.dtype(np.uint32))
+        ops.philox(words, self.seed, _FIRST_STREAM + self.stream, attempt=self.calls % 2**32)
         self.calls += 1
-        kept = np.greater_equal(words, np.uint32(self.p * 2**32), out=self.buffer("kept", x.shape, np.dtype(bool)))
+        kept = xp.greater_equal(words, np.uint32(self.p * 2**32), out=self.buffer("kept", x, x.shape, np.dtype(bool)))
         scale = x.dtype.type(1 / (1 - self.p))
-        self._mask = np.multiply(kept, scale, out=self.buffer("mask", x.shape, x.dtype))
-        return np.multiply(x, self._mask, out=self.buffer("y", x.shape, x.dtype))
+        self._mask = xp.multiply(kept, scale, out=self.buffer("mask", x))
+        return xp.multiply(x, self._mask, out=self.buffer("y", x))
 
     def backward(self, dy: Array, *, need_dx: bool = True) -> Any:
         """dy under the mask of the last forward."""
-        if self._mask is None or not need_dx:
+        mask = self._mask
+        if mask is None or not need_dx:
             return dy if need_dx else None
-        expect(dy, self._mask.shape, self._mask.dtype, "dy")
-        return np.multiply(dy, self._mask, out=self.buffer("dx", dy.shape, dy.dtype))
+        expect(dy, mask.shape, mask.dtype, "dy")
+        return backend_of(mask, dy).xp.multiply(dy, mask, out=self.buffer("dx", mask))
 
     def extra_state(self) -> State:
         """The number of training forwards so far."""

@@ -74,17 +74,16 @@ class GroupNorm(Module):
             self.own_params.get("beta"),
             axis=self.axis,
             eps=self.eps,
-            out=self.buffer("y", x.shape, x.dtype) if self._reuse else None,
+            out=self.buffer("y", x) if self._reuse else None,
         )
         return y
 
     def backward(self, dy: Array, *, need_dx: bool = True) -> Any:
         """dx; fills the gradients of gamma and beta."""
-        out = self.buffer("dx", dy.shape, dy.dtype) if self._reuse else None
-        dx, dgamma, dbeta = group_norm_backward(dy, self._cache, out=out)
-        if self.own_params and not self.frozen:
-            np.copyto(self.own_grads["gamma"], dgamma)
-            np.copyto(self.own_grads["beta"], dbeta)
+        cache = self.cache()
+        out = self.buffer("dx", cache.x) if self._reuse else None
+        dx, dgamma, dbeta = group_norm_backward(dy, cache, out=out)
+        self.keep_grads(gamma=dgamma, beta=dbeta)
         return dx if need_dx else None
 
     def convert(self, dtype: np.dtype[Any]) -> None:

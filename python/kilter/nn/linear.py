@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from kilter import init as _init
+from kilter._backend import backend_of
 from kilter._check import KilterError, dtype_of
 from kilter.nn.module import Array, Module, expect
 
@@ -60,53 +61,58 @@ class Linear(Module):
         """y (N, out_features) for x (N, in_features)."""
         weight, bias = self.own_params["weight"], self.own_params.get("bias")
         expect(x, ("N", weight.shape[0]), weight.dtype)
-        y = self.buffer("y", (len(x), weight.shape[1]), weight.dtype)
+        xp = backend_of(x, weight).xp
+        y = self.buffer("y", x, (len(x), weight.shape[1]))
         if weight.dtype.itemsize > 2:
-            self._x, self._weight = x, weight
-            np.matmul(x, weight, out=y)
-            return y if bias is None else np.add(y, bias, out=y)
-        self._x, self._weight = self._widen("x32", x), self._widen("w32", weight)
-        wide = np.matmul(self._x, self._weight, out=self.buffer("y32", y.shape, self._x.dtype))
+            self._cache = x, weight
+            xp.matmul(x, weight, out=y)
+            return y if bias is None else xp.add(y, bias, out=y)
+        x32, w32 = self._cache = widened(self, "x32", x), widened(self, "w32", weight)
+        wide = xp.matmul(x32, w32, out=self.buffer("y32", x32, y.shape))
         if bias is not None:
             wide += bias.astype(wide.dtype)
-        return _round(wide, y)
+        return rounded(wide, y)
 
     def backward(self, dy: Array, *, need_dx: bool = True) -> Any:
         """dx = dy W^T; dweight = x^T dy; dbias = sum of dy over the batch."""
-        x, weight = self._x, self._weight
+        x, weight = self.cache()
         dtype = self.own_params["weight"].dtype
         expect(dy, (len(x), weight.shape[1]), dtype, "dy")
+        xp = backend_of(x, dy).xp
         narrow = dtype.itemsize == 2
         if narrow:
-            dy = self._widen("dy32", dy)
+            dy = widened(self, "dy32", dy)
         if not self.frozen:
-            self._backward_params(x, dy, narrow)
+            self._backward_params(xp, x, dy, narrow)
         if not need_dx:
             return None
-        dx = self.buffer("dx", x.shape, dtype)
+        dx = self.buffer("dx", x, dtype=dtype)
         if not narrow:
-            return np.matmul(dy, weight.T, out=dx)
-        return _round(np.matmul(dy, weight.T, out=self.buffer("dx32", x.shape, dy.dtype)), dx)
+            return xp.matmul(dy, weight.T, out=dx)
+        return rounded(xp.matmul(dy, weight.T, out=self.buffer("dx32", dy, x.shape)), dx)
 
-    def _backward_params(self, x: Array, dy: Array, narrow: bool) -> None:
+    def _backward_params(self, xp: Any, x: Array, dy: Array, narrow: bool) -> None:
         dweight, dbias = self.own_grads["weight"], self.own_grads.get("bias")
         if narrow:
-            _round(np.matmul(x.T, dy, out=self.buffer("dw32", dweight.shape, dy.dtype)), dweight)
+            rounded(xp.matmul(x.T, dy, out=self.buffer("dw32", dy, dweight.shape)), dweight)
             if dbias is not None:
-                _round(np.add.reduce(dy, axis=0), dbias)
+                rounded(dy.sum(axis=0), dbias)
             return
-        np.matmul(x.T, dy, out=dweight)
+        xp.matmul(x.T, dy, out=dweight)
         if dbias is not None:
-            np.add.reduce(dy, axis=0, out=dbias)
-
-    def _widen(self, slot: str, x: Array) -> Array:
-        wide = self.buffer(slot, x.shape, np.dtype(np.float32))
-        np.copyto(wide, x)
-        return wide
+            dy.sum(axis=0, out=dbias)
 
 
-def _round(wide: Array, out: Array) -> Array:
+def widened(module: Module, slot: str, x: Array) -> Array:
+    """x in float32, in a buffer of the module."""
+    wide = module.buffer(slot, x, x.shape, np.dtype(np.float32))
+    backend_of(x).xp.copyto(wide, x)
+    return wide
+
+
+def rounded(wide: Array, out: Array) -> Array:
+    """`out`, filled with the values of `wide`."""
     # past the range of float16 the result is inf, which a LossScaler looks for
     with np.errstate(over="ignore", invalid="ignore"):
-        np.copyto(out, wide, casting="unsafe")
+        backend_of(out).xp.copyto(out, wide, casting="unsafe")
     return out

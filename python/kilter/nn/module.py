@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Self, TypeAlias
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 
 from kilter import _check
+from kilter._backend import backend_named, backend_of, host
 from kilter._check import KilterError, dtype_of
 
-Array: TypeAlias = NDArray[Any]
+Array: TypeAlias = Any  # of NumPy, or of a library that works like it
 State: TypeAlias = dict[str, Any]
 
 
@@ -32,6 +33,21 @@ def expect(x: Array, shape: tuple[int | str, ...], dtype: np.dtype[Any] | None, 
         raise KilterError(f"{name}: expected dtype {dtype.name}, got {x.dtype.name}")
 
 
+def is_channels_last(x: Array) -> bool:
+    """Say whether x (N, C, ...) lies in memory as (N, ..., C); False where that is C order too."""
+    return x.ndim > 2 and not x.flags.c_contiguous and bool(channels_last(x).flags.c_contiguous)
+
+
+def channels_last(x: Array) -> Array:
+    """View x (N, C, ...) as (N, ..., C)."""
+    return x.transpose(0, *range(2, x.ndim), 1)
+
+
+def channels_first(x: Array) -> Array:
+    """View x (N, ..., C) as (N, C, ...)."""
+    return x.transpose(0, x.ndim - 1, *range(1, x.ndim - 1))
+
+
 class Module:
     """A layer `y = m(x)` with an explicit backward `dx = m.backward(dy)`.
 
@@ -49,6 +65,9 @@ class Module:
     `freeze` change the lists: call them first. Every `backward` overwrites the gradients.
 
     A forward keeps references to what its backward needs; x must not change in between.
+
+    Images are (N, C, H, W). They may lie in memory as (N, H, W, C), as the outputs of Conv2d do: layers keep the order
+    in memory of what they are given.
     """
 
     def __init__(self) -> None:
@@ -58,6 +77,7 @@ class Module:
         self.own_grads: dict[str, Array] = {}
         self._reuse = False
         self._scratch: dict[str, Array] = {}
+        self._cache: Any = None  # what the last forward keeps for the backward
 
     def __call__(self, x: Array) -> Array:
         """`forward(x)`."""
@@ -74,6 +94,18 @@ class Module:
         """
         raise NotImplementedError(f"{type(self).__name__}.backward")
 
+    def cache(self) -> Any:
+        """What the last forward kept for this backward.
+
+        Raises
+        ------
+        KilterError
+            There was none.
+        """
+        if self._cache is None:
+            raise KilterError(f"backward: expected a forward of {type(self).__name__} before it, got none")
+        return self._cache
+
     # ---- names
 
     def children(self) -> dict[str, Module]:
@@ -86,18 +118,40 @@ class Module:
         for name, child in self.children().items():
             yield from child.modules(f"{prefix}{name}.")
 
-    def params(self) -> dict[str, Array]:
-        """The parameters to train (those of frozen modules are left out), by dotted name."""
-        return {pre + n: a for pre, m in self.modules() if not m.frozen for n, a in m.own_params.items()}
+    def named(self, *names: str) -> list[tuple[str, Module]]:
+        """The modules of these dotted names and all below them, each with the prefix of its names; without a name, all.
 
-    def grads(self) -> dict[str, Array]:
-        """The gradients of `params()`: stable arrays that every backward overwrites."""
-        return {pre + n: a for pre, m in self.modules() if not m.frozen for n, a in m.own_grads.items()}
+        Raises
+        ------
+        KilterError
+            No module has the name.
+        """
+        everything = list(self.modules())
+        for name in names:
+            if not any(prefix == f"{name}." for prefix, _ in everything):
+                known = [prefix[:-1] for prefix, _ in everything if prefix]
+                raise KilterError(f"name: expected a module ({_some(known)}), got {name!r}")
+        wanted = tuple(f"{name}." for name in names) or ("",)
+        return [(prefix, module) for prefix, module in everything if prefix.startswith(wanted)]
+
+    def params(self, *names: str) -> dict[str, Array]:
+        """The parameters to train (those of frozen modules are left out), by dotted name; of these modules alone."""
+        return {pre + n: a for pre, m in self.named(*names) if not m.frozen for n, a in m.own_params.items()}
+
+    def grads(self, *names: str) -> dict[str, Array]:
+        """The gradients of `params(*names)`: stable arrays that every backward overwrites."""
+        return {pre + n: a for pre, m in self.named(*names) if not m.frozen for n, a in m.own_grads.items()}
 
     def add_param(self, name: str, value: Array) -> None:
         """Own `value` as a parameter, with a gradient of zeros."""
         self.own_params[name] = value
-        self.own_grads[name] = np.zeros_like(value)
+        self.own_grads[name] = backend_of(value).xp.zeros_like(value)
+
+    def keep_grads(self, **grads: Array) -> None:
+        """Overwrite these gradients, unless the module is frozen or has no parameters."""
+        if self.own_grads and not self.frozen:
+            for name, grad in grads.items():
+                self.own_grads[name][...] = grad
 
     # ---- modes
 
@@ -111,15 +165,18 @@ class Module:
         """Inference mode: running statistics, no dropout."""
         return self.train(False)
 
-    def freeze(self) -> Self:
-        """Take the parameters out of `params()` and `grads()`; BatchNorm then uses its running statistics."""
-        for _, module in self.modules():
+    def freeze(self, *names: str) -> Self:
+        """Take the parameters of these modules, or all, out of `params()` and `grads()`.
+
+        A frozen BatchNorm uses its running statistics. The state dict keeps what is frozen.
+        """
+        for _, module in self.named(*names):
             module.frozen = True
         return self
 
-    def thaw(self) -> Self:
-        """Undo `freeze`."""
-        for _, module in self.modules():
+    def thaw(self, *names: str) -> Self:
+        """Undo `freeze` for these modules, or all."""
+        for _, module in self.named(*names):
             module.frozen = False
         return self
 
@@ -133,18 +190,39 @@ class Module:
             module._scratch.clear()
         return self
 
-    def to(self, dtype: DTypeLike) -> Self:
-        """Convert the parameters to float64, float32, float16 or bfloat16; build the optimizer afterwards."""
-        wanted = dtype_of("dtype", dtype)
+    def to(self, where: DTypeLike) -> Self:
+        """Move the parameters to "cuda" or "cpu", or convert them to a dtype; build the optimizer afterwards.
+
+        Parameters
+        ----------
+        where
+            A device, which x must then be on; or float64, float32, float16 or bfloat16.
+
+        Raises
+        ------
+        KilterError
+            There is no such dtype, or the device is not available; nothing has changed then.
+        """
+        device = where if isinstance(where, str) and where in ("cuda", "cpu") else None
+        xp = None if device is None else backend_named(device).xp
+        dtype = dtype_of("dtype", where) if device is None else None
         for _, module in self.modules():
             module._scratch.clear()
-            module.convert(wanted)
+            if dtype is None:
+                module.move(xp)
+            else:
+                module.convert(dtype)
         return self
 
     def convert(self, dtype: np.dtype[Any]) -> None:
         """Convert this module's own arrays."""
         for name, value in self.own_params.items():
             self.add_param(name, value.astype(dtype))
+
+    def move(self, xp: Any) -> None:
+        """Make this module's own arrays arrays of the library `xp`."""
+        for name, value in self.own_params.items():
+            self.add_param(name, xp.asarray(host(value)))
 
     # ---- state
 
@@ -160,9 +238,9 @@ class Module:
         return {**self.own_params, **self.extra_state()}
 
     def state_dict(self) -> State:
-        """Copies of all parameters (frozen ones too) and other state: dotted names to arrays and numbers."""
+        """Copies of all parameters (frozen ones too) and other state: dotted names to NumPy arrays and numbers."""
         state = {pre + n: v for pre, m in self.modules() for n, v in m.own_state().items()}
-        return {n: v.copy() if hasattr(v, "shape") else v for n, v in state.items()}
+        return {n: host(v.copy()) if hasattr(v, "shape") else v for n, v in state.items()}
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> LoadReport:
         """Copy a state into the arrays of this module, converting to their dtype.
@@ -196,7 +274,8 @@ class Module:
             given = {n: state[prefix + n] for n in module.own_state() if prefix + n in taken}
             for name, value in module.own_params.items():
                 if name in given:
-                    np.copyto(value, given.pop(name), casting="unsafe")
+                    xp = backend_of(value).xp
+                    xp.copyto(value, xp.asarray(given.pop(name)), casting="unsafe")
             if given:
                 module.load_extra_state({**module.extra_state(), **given})
         return report
@@ -208,18 +287,35 @@ class Module:
         """Whether `reuse_buffers` is on."""
         return self._reuse
 
-    def buffer(self, slot: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        """Uninitialised C-contiguous array for a result: fresh, or kept (see `reuse_buffers`)."""
-        if not self._reuse:
-            return np.empty(shape, dtype)
+    def buffer(
+        self, slot: str, like: Array, shape: tuple[int, ...] | None = None, dtype: np.dtype[Any] | None = None
+    ) -> Array:
+        """Uninitialised array for a result, beside `like`: fresh, or kept (see `reuse_buffers`).
+
+        In C order, of like's dtype unless another is given; without a shape it has like's, in like's order in memory.
+        """
+        dtype = like.dtype if dtype is None else dtype
+        if shape is None and like.ndim > 2:
+            return self.buffer_like(slot, like, like.shape, dtype)
+        return self._kept(slot, like, like.shape if shape is None else shape, dtype)
+
+    def buffer_like(self, slot: str, like: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """A `buffer` of this shape (N, C, ...) in like's order in memory."""
+        if is_channels_last(like):
+            return channels_first(self._kept(slot, like, (shape[0], *shape[2:], shape[1]), dtype))
+        return self._kept(slot, like, shape, dtype)
+
+    def _kept(self, slot: str, like: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         kept = self._scratch.get(slot)
-        if kept is not None and kept.shape == shape and kept.dtype == dtype:
-            return kept
-        fits = kept is not None and kept.shape[1:] == shape[1:] and len(kept) >= shape[0] and kept.dtype == dtype
-        if kept is None or not fits:
-            kept = self._scratch[slot] = np.empty(shape, dtype)
-            return kept
-        return kept[: shape[0]]
+        if kept is not None and kept.dtype == dtype and kept.__class__ is like.__class__:
+            if kept.shape == shape:
+                return kept
+            if kept.shape[1:] == shape[1:] and len(kept) >= shape[0]:
+                return kept[: shape[0]]
+        fresh = backend_of(like).xp.empty(shape, dtype)
+        if self._reuse:
+            self._scratch[slot] = fresh
+        return fresh
 
 
 def _refuse(report: LoadReport, own: State, state: Mapping[str, Any], wrong: set[str]) -> None:

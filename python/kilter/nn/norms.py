@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike
 
+from kilter._backend import backend_of, host
 from kilter._check import KilterError, arithmetic, dtype_of
 from kilter.dist import Communicator
 from kilter.nn.module import Array, Module, State
@@ -75,6 +76,10 @@ class BatchNorm(Module):
 
     def forward(self, x: Array) -> Array:
         """y, of x's shape and dtype."""
+        return self.add(x, None, self.activation)
+
+    def add(self, x: Array, residual: Array | None, activation: str | None) -> Array:
+        """activation(norm(x) + residual), in one pass; the layer's own activation is not used."""
         y: Array
         y, self._cache = batch_norm(
             x,
@@ -84,32 +89,49 @@ class BatchNorm(Module):
             eps=self.eps,
             running=self.running,
             training=self.training and not self.frozen,
-            activation=self.activation,
+            activation=activation,
+            residual=residual,
             comm=self.comm,
-            out=self.buffer("y", x.shape, x.dtype) if self._reuse else None,
+            out=self.buffer("y", x) if self._reuse else None,
         )
         return y
 
     @property
     def moments(self) -> Moments | None:
         """Count, mean and m2 of the last batch in training (of all ranks), float64; None before the first."""
-        cache = getattr(self, "_cache", None)
-        return cache.moments if cache is not None else None
+        return self._cache.moments if self._cache is not None else None
 
     def backward(self, dy: Array, *, need_dx: bool = True) -> Any:
         """dx, through the batch statistics in training; fills the gradients of gamma and beta."""
-        out = self.buffer("dx", dy.shape, dy.dtype) if self._reuse else None
-        dx, dgamma, dbeta, _ = batch_norm_backward(dy, self._cache, out=out)
-        if self.own_params and not self.frozen:
-            np.copyto(self.own_grads["gamma"], dgamma)
-            np.copyto(self.own_grads["beta"], dbeta)
+        dx, _ = self.add_backward(dy)
         return dx if need_dx else None
+
+    def add_backward(self, dy: Array) -> tuple[Array, Array | None]:
+        """dx and the gradient of the residual of the last `add`; fills the gradients of gamma and beta."""
+        cache = self.cache()
+        x, out, out_residual = cache.x, None, None
+        if self._reuse:
+            out = self.buffer("dx", x)
+            if cache.residual is not None and cache.relu:
+                out_residual = self.buffer("dresidual", x)
+        dx, dgamma, dbeta, dresidual = batch_norm_backward(dy, cache, out=out, out_residual=out_residual)
+        self.keep_grads(gamma=dgamma, beta=dbeta)
+        return dx, dresidual
 
     def convert(self, dtype: np.dtype[Any]) -> None:
         """Parameters and statistics in the dtype of the arithmetic."""
-        super().convert(arithmetic("dtype", dtype))
-        state, self.running = self.running.state_dict(), self._make_running(dtype=arithmetic("dtype", dtype))
-        self.running.load_state_dict(state)
+        real = arithmetic("dtype", dtype)
+        super().convert(real)
+        self._renew(real, backend_of(self.running.mean).xp)
+
+    def move(self, xp: Any) -> None:
+        """Parameters and statistics as arrays of the library `xp`."""
+        super().move(xp)
+        self._renew(self.running.mean.dtype, xp)
+
+    def _renew(self, dtype: np.dtype[Any], xp: Any) -> None:
+        state, self.running = self.extra_state(), self._make_running(dtype=dtype, xp=xp)
+        self.load_extra_state({name: host(v) if hasattr(v, "shape") else v for name, v in state.items()})
 
     def extra_state(self) -> State:
         """The running statistics."""
@@ -117,4 +139,6 @@ class BatchNorm(Module):
 
     def load_extra_state(self, state: State) -> None:
         """Take the running statistics back."""
-        self.running.load_state_dict({name.removeprefix("running."): v for name, v in state.items()})
+        xp = backend_of(self.running.mean).xp
+        given = {name.removeprefix("running."): value for name, value in state.items()}
+        self.running.load_state_dict(given | {name: xp.asarray(given[name]) for name in ("mean", "var")})
