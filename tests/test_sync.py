@@ -7,7 +7,7 @@ import pytest
 
 from kilter import KilterError, nn, optim, train
 from kilter.data import Batches
-from kilter.dist import Single, Threads
+from kilter.dist import Single, Threads, check_equal
 from small import blobs
 from support import plain, same_bits
 
@@ -50,6 +50,24 @@ def test_a_synchronised_model_trains_as_on_one_rank(ends):
         for name, value in state.items():
             np.testing.assert_allclose(rank_state[name], value, rtol=1e-9, atol=1e-12, err_msg=name)
         assert plain(rank_state) == plain(results[0][2]), "ranks differ"
+
+
+def test_all_ranks_skip_the_same_steps():
+    """A scale that overflows float16 on one rank's share backs off on all: the same steps, scale and bits."""
+    x, y = blobs(96, dtype=np.float16)
+    x[5] *= 500  # in the share of one rank
+
+    def work(comm):
+        model = nn.convert_sync_batchnorm(nn.mlp(4, 3, hidden=(8,), seed=0, dtype="float16"), comm)
+        optimizer, scaler = optim.AdamW(model.params(), 1e-2), optim.LossScaler(2.0**24, interval=3)
+        batches = Batches(x, y, 32, seed=0)
+        train.fit(model, optimizer, nn.softmax_cross_entropy, batches, epochs=4, scaler=scaler, comm=comm)
+        check_equal(model, comm)
+        check_equal(optimizer, comm)
+        check_equal(scaler, comm)
+        return scaler.scale
+
+    assert Threads(3).run(work)[0] < 2.0**24, "some steps were skipped"
 
 
 def test_conversion_reaches_every_layer_and_can_be_undone():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from kilter import _check
 from kilter._backend import backend_of
-from kilter._check import fail
+from kilter._check import KilterError, fail
 
 
 @runtime_checkable
@@ -16,7 +17,8 @@ class Communicator(Protocol):
     """One rank's end of a group: all that kilter asks of a communicator.
 
     Every call but `rank` and `size` is collective: all ranks make the same calls in the same order, with arrays of one
-    shape and dtype. Sums are taken in the order of the ranks, so that every rank gets the same bits.
+    shape and dtype. Every rank gets the same bits; the ranks that run on the host take sums in their order, in float32
+    for 16-bit arrays, which are rounded once.
     """
 
     @property
@@ -75,15 +77,36 @@ class Single:
         """Nothing to wait for."""
 
 
-def writable(a: Any) -> Any:
+class LeftError(KilterError):
+    """A rank is missed by others: their failure is a consequence of its own."""
+
+
+def add_up(arrays: Sequence[Any]) -> Any:
+    """Returns the sum of arrays in their order, 16-bit ones in float32 and rounded once; may overwrite the first."""
+    first, *rest = arrays
+    narrow = first.dtype.itemsize == 2 and first.dtype.kind not in "iu"
+    total = first.astype("float32") if narrow else first
+    for other in rest:
+        total += other
+    return total.astype(first.dtype, copy=False)
+
+
+def check_alike(calls: Sequence[str]) -> None:
+    """Refuses ranks that do not all make the same call."""
+    for rank, call in enumerate(calls):
+        if call != calls[0]:
+            raise KilterError(f"ranks: expected one call on all, got {calls[0]} on rank 0, {call} on rank {rank}")
+
+
+def writable(a: Any, argument: str = "a") -> Any:
     """Returns `a`, an array that may be written to."""
-    if not _check.array("a", a).flags.writeable:
-        fail("a", "a writable array", "a read-only one")
+    if not getattr(_check.array(argument, a).flags, "writeable", True):  # a GPU's arrays always are
+        fail(argument, "a writable array", "a read-only one")
     return a
 
 
-def of_rank(root: Any, size: int) -> int:
-    """Returns `root`, the number of a rank."""
-    if not isinstance(root, (int, np.integer)) or isinstance(root, bool) or not 0 <= root < size:
-        fail("root", f"a rank from 0 to {size - 1}", repr(root))
-    return int(root)
+def of_rank(rank: Any, size: int, argument: str = "root") -> int:
+    """Returns `rank`, the number of a rank."""
+    if not isinstance(rank, (int, np.integer)) or isinstance(rank, bool) or not 0 <= rank < size:
+        fail(argument, f"a rank from 0 to {size - 1}", repr(rank))
+    return int(rank)

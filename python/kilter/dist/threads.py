@@ -11,8 +11,8 @@ import numpy as np
 
 from kilter import _check
 from kilter._backend import backend_of
-from kilter._check import KilterError, fail
-from kilter.dist.communicator import Communicator, of_rank, writable
+from kilter._check import fail
+from kilter.dist.communicator import Communicator, LeftError, add_up, check_alike, of_rank, writable
 
 T = TypeVar("T")
 
@@ -73,7 +73,7 @@ class Threads:
             meeting.leave(self.size)
             raise
         if errors:
-            raise min(errors.items(), key=lambda item: (isinstance(item[1], _LeftError), item[0]))[1]
+            raise min(errors.items(), key=lambda item: (isinstance(item[1], LeftError), item[0]))[1]
         return [results[rank] for rank in range(self.size)]
 
 
@@ -85,10 +85,6 @@ class _Offer(NamedTuple):
 
     def __str__(self) -> str:
         return self.call if self.array is None else f"{self.call} of {self.array.dtype} {self.array.shape}"
-
-
-class _LeftError(KilterError):
-    """A rank is missed by others: their failure is a consequence of its own."""
 
 
 class _Meeting:
@@ -121,11 +117,9 @@ class _Meeting:
                 self.condition.notify_all()
             self.condition.wait_for(lambda: self.rounds > now or self.left)
             if self.rounds == now:
-                raise _LeftError(f"{offer.call}: expected all {self.size} ranks, rank {self.left[0]} has left")
+                raise LeftError(f"{offer.call}: expected all {self.size} ranks, rank {self.left[0]} has left")
             met = self.met
-        for other, theirs in enumerate(met):
-            if str(theirs) != str(met[0]):
-                raise KilterError(f"ranks: expected one call on all, got {met[0]} on rank 0, {theirs} on rank {other}")
+        check_alike([str(theirs) for theirs in met])
         return [theirs.array for theirs in met]
 
 
@@ -141,10 +135,7 @@ class _Rank:
 
     def all_reduce(self, a: Any) -> Any:
         first, *rest = self._exchange("all_reduce", writable(a))
-        total = first.copy()
-        for other in rest:
-            total += other
-        a[...] = total
+        a[...] = add_up([first.copy(), *rest])
         return a
 
     def broadcast(self, a: Any, root: int = 0) -> Any:
