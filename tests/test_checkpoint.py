@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 import kilter
 from kilter import nn, optim, train
 from kilter.data import Batches
+from kilter.train import checkpoint
 from small import Notes, blobs, run, small
 
 COLUMNS = ["epoch", "loss", "accuracy", "valid_loss", "valid_accuracy", "lr", "seconds", "images_per_second"]
@@ -26,8 +27,8 @@ def test_a_checkpoint_continues_bit_for_bit(tmp_path):
     model, optimizer, _ = run(2)
     train.save(path, model, optimizer, metadata={"epoch": 2, "names": ["a"]})
     other, restored = small(seed=5)
-    checkpoint = train.load(path, other, restored)
-    assert checkpoint.metadata == {"epoch": 2, "names": ["a"]}
+    found = train.load(path, other, restored)
+    assert found.metadata == {"epoch": 2, "names": ["a"]}
     assert restored.calls == optimizer.calls
     batches = Batches(*blobs(), 32, seed=0)
     for m, o in ((model, optimizer), (other, restored)):
@@ -67,14 +68,26 @@ def damage(path, how):
         data[8 + header + 11] ^= 4
     elif how == "text":
         data = b"this is no checkpoint, but a text of some length"
-    elif how == "a number changed":
-        data = data.replace(b'\\"version\\": 1', b'\\"version\\": 7')
+    elif how == "one bit of a number":
+        at = data.index(b"calls") + 10
+        data[at] ^= 1
+    elif how == "another version":
+        data = data.replace(b'\\"version\\": 2', b'\\"version\\": 7')
     path.write_bytes(bytes(data))
 
 
 @pytest.mark.parametrize(
     "how",
-    ["empty", "cut in the header", "cut in the data", "longer", "one bit", "text", "a number changed"],
+    [
+        "empty",
+        "cut in the header",
+        "cut in the data",
+        "longer",
+        "one bit",
+        "one bit of a number",
+        "text",
+        "another version",
+    ],
 )
 def test_a_damaged_file_is_refused_and_changes_nothing(tmp_path, how):
     path = tmp_path / "c.safetensors"
@@ -129,6 +142,34 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["c.safetensors"]
     with pytest.raises(kilter.KilterError, match="metadata: expected JSON"):
         train.save(path, model, metadata={"a": object()})
+
+
+def test_parts_of_any_name_come_back(tmp_path):
+    states = {"a": {"x.y": np.ones(3), "n": 3, "kind": "SGD"}, "b": {"s": np.float32(2), "t": True, "u": float("inf")}}
+    checkpoint.write(tmp_path / "c", states, {"rows": [{"loss": float("nan")}]})
+    found, metadata = checkpoint.read(tmp_path / "c")
+    np.testing.assert_array_equal(found["a"].pop("x.y"), np.ones(3))
+    assert found["b"].pop("s") == 2
+    assert found == {"a": {"n": 3, "kind": "SGD"}, "b": {"t": True, "u": float("inf")}}
+    assert np.isnan(metadata["rows"][0]["loss"])
+    with pytest.raises(kilter.KilterError, match="expected the state of a model, got a, b"):
+        train.load(tmp_path / "c")
+
+
+@pytest.mark.parametrize("sync", [True, False])
+def test_a_new_file_takes_its_place_or_leaves_no_trace(tmp_path, sync):
+    path, old = tmp_path / "f[1]", tmp_path / "old"
+    for content in (b"one", b"two"):
+        with checkpoint.replacing(path, keep=old, sync=sync) as file:
+            file.write(content)
+    assert (path.read_bytes(), old.read_bytes()) == (b"two", b"one")
+    with pytest.raises(TypeError), checkpoint.replacing(path, keep=old, sync=sync) as file:
+        file.writelines([b"thr", None])
+    assert (path.read_bytes(), old.read_bytes()) == (b"two", b"one")
+    (tmp_path / "f[1].77.tmp").touch()
+    (tmp_path / "f1.77.tmp").touch()
+    checkpoint.sweep(path)
+    assert sorted(os.listdir(tmp_path)) == ["f1.77.tmp", "f[1]", "old"]
 
 
 # ---- run folders
@@ -193,3 +234,51 @@ def test_foreign_folders_are_refused_and_own_ones_taken_over(tmp_path):
     with pytest.raises(kilter.KilterError, match="an empty folder or a run"):
         train.RunFolder(foreign, {})
     assert sorted(os.listdir(foreign)) == ["config.json", "thesis.tex"]
+
+
+def test_a_run_that_goes_on_mends_what_a_crash_has_left(tmp_path):
+    """A line too many, half a line, an old model: the checkpoint knows better."""
+    whole = run(4)[0].state_dict()
+    with pytest.raises(KeyboardInterrupt):
+        run(4, callbacks=[train.RunFolder(tmp_path, {"a": 1}), Notes(fail_at=16)], checkpoint=tmp_path)
+    config = (tmp_path / "config.json").read_bytes()
+    with open(tmp_path / "metrics.csv", "a") as file:
+        file.write("3,0.1,0.9,,,0.01,1,1\n3,0.")
+    train.save(tmp_path / "model.safetensors", small(seed=9)[0])
+    (tmp_path / "metrics.csv.77.tmp").touch()
+    with pytest.raises(KeyboardInterrupt):
+        run(4, callbacks=[train.RunFolder(tmp_path, {"a": 1}), Notes(fail_at=15)], checkpoint=tmp_path, resume=True)
+    assert [row["epoch"] for row in read_metrics(tmp_path)] == ["1", "2"]
+    assert train.load(tmp_path / "model.safetensors").metadata["epochs"] == 2
+    run(4, callbacks=[train.RunFolder(tmp_path, {"a": 1})], checkpoint=tmp_path, resume=True)
+    assert [row["epoch"] for row in read_metrics(tmp_path)] == ["1", "2", "3", "4"]
+    state = train.load(tmp_path / "model.safetensors").model
+    for name, value in whole.items():
+        np.testing.assert_array_equal(state[name], value)
+    assert (tmp_path / "config.json").read_bytes() == config
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_the_model_of_an_averaged_run_has_the_averages(tmp_path):
+    model, optimizer = small()
+    ema = optim.WeightEMA(model.params(), 0.9)
+    train.fit(
+        model,
+        optimizer,
+        nn.softmax_cross_entropy,
+        blobs(),
+        epochs=2,
+        ema=ema,
+        callbacks=[train.RunFolder(tmp_path, {})],
+    )
+    state = train.load(tmp_path / "model.safetensors").model
+    for name, value in ema.state_dict().items():
+        if name.startswith("average."):
+            np.testing.assert_array_equal(state[name.removeprefix("average.")], value)
+
+
+def test_columns_of_callbacks_are_in_the_metrics(tmp_path):
+    run(2, callbacks=[train.Monitor(), train.RunFolder(tmp_path, {})])
+    rows = read_metrics(tmp_path)
+    assert list(rows[0]) == [*COLUMNS, "grad_norm", "update_ratio", "nonfinite"]
+    assert all(float(row["grad_norm"]) > 0 for row in rows)

@@ -1,5 +1,6 @@
 """The command line, as a user runs it."""
 
+import json
 import os
 import pty
 import resource
@@ -15,7 +16,8 @@ import pytest
 import kilter as package
 from kilter import cli, train
 
-FILES = ["config.json", "curves.png", "metrics.csv", "model.safetensors"]
+CHECKPOINTS = ["last.previous.safetensors", "last.safetensors"]
+FILES = ["config.json", "curves.png", *CHECKPOINTS, "metrics.csv", "model.safetensors"]
 FAST = ("train", "--hidden", "16", "--epochs", "2")
 
 
@@ -69,42 +71,49 @@ def test_norms_of_rows_train(tmp_path, norm, words):
 
 
 def test_every_option_arrives(tmp_path):
+    assert kilter(*FAST, "--hidden", "64", "--out", "before", cwd=tmp_path).returncode == 0
     options = {
         "data": "digits",
         "model": "mlp",
         "norm": "none",
-        "hidden": "12,7",
+        "hidden": "64,16",
         "dropout": "0.1",
         "optimizer": "sgd",
         "lr": "0.03",
         "weight-decay": "0.001",
+        "clip-norm": "2",
         "schedule": "linear",
         "warmup": "0.5",
         "batch-size": "50",
+        "accumulate": "2",
+        "base-batch": "64",
         "epochs": "3",
         "label-smoothing": "0.1",
+        "smooth-others": "rest",
+        "mixup": "0.2",
+        "cutmix": "0.5",
+        "augment": "crop,noise",
+        "ema": "0.9",
+        "precision": "fp16",
+        "device": "cpu",
+        "from": "before",
+        "freeze": "1",
+        "checkpoint-every": "5",
         "seed": "7",
     }
     flat = [part for name, value in options.items() for part in (f"--{name}", value)]
-    done = kilter("train", *flat, "--out", "here", cwd=tmp_path)
+    done = kilter("train", *flat, "--monitor", "--out", "here", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    run = train.load(tmp_path / "here" / "model.safetensors").metadata["run"]
-    assert run == {
-        "data": "digits",
-        "model": "mlp",
-        "norm": "none",
-        "hidden": [12, 7],
-        "dropout": 0.1,
-        "optimizer": "sgd",
-        "lr": 0.03,
-        "weight_decay": 0.001,
-        "schedule": "linear",
-        "warmup": 0.5,
-        "batch_size": 50,
-        "epochs": 3,
-        "label_smoothing": 0.1,
-        "seed": 7,
-    }
+    run = json.loads((tmp_path / "here" / "config.json").read_text())["run"]
+    assert run == train.load(tmp_path / "here" / "model.safetensors").metadata["run"]
+    given = {"start" if name == "from" else name.replace("-", "_"): value for name, value in options.items()}
+    assert run.keys() == given.keys() | {"monitor"}
+    assert run.pop("monitor") is True
+    for name, value in run.items():
+        shown = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        assert shown in (given[name], f"{given[name]}.0"), name
+    for words in ("lr 0.03 per 64 samples", "accumulate 2", "augment crop and noise", "precision fp16", "of before"):
+        assert words in done.stdout
 
 
 def test_train_on_a_file(tmp_path):
@@ -151,7 +160,7 @@ def test_mistakes_are_one_line(tmp_path, options, words):
 def test_a_diverging_run_is_one_line_and_leaves_a_valid_folder(tmp_path):
     done = kilter("train", "--norm", "none", "--optimizer", "sgd", "--lr", "1e30", "--out", "r", cwd=tmp_path)
     assert_one_line(done, 2, "loss: expected a finite number", "smaller lr")
-    assert sorted(os.listdir(tmp_path / "r")) == FILES
+    assert sorted(os.listdir(tmp_path / "r")) == [name for name in FILES if "previous" not in name]
 
 
 def test_missing_data_says_how_to_get_it(tmp_path, monkeypatch, capsys):
@@ -216,7 +225,7 @@ def test_ctrl_c_leaves_a_valid_run_folder(tmp_path):
     assert out == ""
     assert err.startswith("kilter: interrupted after ")
     assert err.count("\n") == 1
-    assert "100000 epochs; the run so far is in r" in err
+    assert "100000 epochs; the run so far is in r, and kilter train --resume r continues it" in err
     assert sorted(os.listdir(tmp_path / "r")) == FILES
     epochs = lines(tmp_path / "r" / "metrics.csv") - 1
     assert epochs >= 3

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import IO, Any
 
 from kilter.train import plot
-from kilter.train.loop import Row
 from kilter.train.plot import INK
+from kilter.train.state import Row
 
 
 def draw(file: IO[bytes], history: Sequence[Row], lr: tuple[Any, Any], *, title: str = "") -> None:

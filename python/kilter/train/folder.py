@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,21 +17,13 @@ import numpy as np
 import kilter
 from kilter import _kilter
 from kilter._check import KilterError
+from kilter._interrupt import ctrl_c_waits
 from kilter.train._extra import EXTRA, extra
-from kilter.train.checkpoint import replacing, save
-from kilter.train.loop import Callback, Row, State
+from kilter.train.checkpoint import replacing, sweep, write
+from kilter.train.state import COLUMNS, Callback, Row, State
+from kilter.train.step import averaged
 
 CONFIG, METRICS, CURVES, MODEL = "config.json", "metrics.csv", "curves.png", "model.safetensors"
-COLUMNS = (
-    "epoch",
-    "loss",
-    "accuracy",
-    "valid_loss",
-    "valid_accuracy",
-    "lr",
-    "seconds",
-    "images_per_second",
-)
 
 
 class RunFolder(Callback):
@@ -55,9 +45,10 @@ class RunFolder(Callback):
 
     Notes
     -----
-    metrics.csv gets a line per epoch, and model.safetensors holds the weights after the last whole epoch;
-    Ctrl-C waits until both are written. The curves are drawn when the run ends, however it ends. A folder of
-    an earlier run is taken over.
+    After each epoch metrics.csv has its line, and model.safetensors the weights (their averages, if the run has a
+    WeightEMA); Ctrl-C waits until both are written. The curves are drawn when the run ends, however it ends. A
+    folder of an earlier run is taken over; a run that is resumed gets its metrics and weights from its checkpoint,
+    whatever a crash has left.
     """
 
     def __init__(self, path: str | os.PathLike[str], config: Mapping[str, Any], *, title: str = "") -> None:
@@ -73,26 +64,23 @@ class RunFolder(Callback):
         self._started = False
 
     def on_start(self, state: State) -> None:
-        """Make the folder, with the configuration, a header of the metrics and the first weights."""
-        self.history, self._first_call = state.history, state.optimizer.calls
+        """Make the folder, with the configuration, the metrics and the weights so far."""
+        self.history, self._first_call = state.history, state.optimizer.calls - state.step
         self.path.mkdir(parents=True, exist_ok=True)
-        with _ctrl_c_waits():
+        with ctrl_c_waits():
+            for name in (CONFIG, METRICS, MODEL, CURVES):
+                sweep(self.path / name)
             (self.path / CURVES).unlink(missing_ok=True)
-            with replacing(self.path / CONFIG) as file:
-                file.write(json.dumps({"run": self.config} | _environment(), indent=2).encode() + b"\n")
-            with replacing(self.path / METRICS) as file:
-                file.write(",".join(COLUMNS).encode() + b"\n")
-            self._save(state, 0)
+            if not state.step:
+                with replacing(self.path / CONFIG) as file:
+                    file.write(json.dumps({"run": self.config} | _environment(), indent=2).encode() + b"\n")
+            self._save(state)
             self._started = True
 
     def on_epoch(self, state: State) -> None:
-        """Append to the metrics; replace the model."""
-        row = state.history[-1]
-        with _ctrl_c_waits():
-            with open(self.path / METRICS, "a", newline="", encoding="utf-8") as file:
-                csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
-                file.flush()
-            self._save(state, state.epoch + 1)
+        """Replace the metrics and the model."""
+        with ctrl_c_waits():
+            self._save(state)
 
     def on_end(self, state: State) -> None:
         """Draw the curves."""
@@ -100,11 +88,25 @@ class RunFolder(Callback):
             return
         from kilter.train.curves import draw
 
-        with _ctrl_c_waits(), replacing(self.path / CURVES) as file:
+        with ctrl_c_waits(), replacing(self.path / CURVES) as file:
             draw(file, state.history, self._lr_curve(state), title=self.title)
 
-    def _save(self, state: State, epochs: int) -> None:
-        save(self.path / MODEL, state.model, metadata={"run": self.config, "epochs": epochs})
+    def _save(self, state: State) -> None:
+        """Write both files whole: a line that is only begun, or stands twice, cannot be.
+
+        Only the last epoch waits for the disk: until then, what a crash of the machine takes is in the checkpoint.
+        """
+        last = len(state.history) >= state.epochs or state.stop
+        text = io.StringIO(newline="")
+        columns = dict.fromkeys([*COLUMNS, *(column for row in state.history for column in row)])
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(state.history)
+        with replacing(self.path / METRICS, sync=last) as file:
+            file.write(text.getvalue().encode())
+        with averaged(state.ema):
+            states = {"model": state.model.state_dict()}
+        write(self.path / MODEL, states, {"run": self.config, "epochs": len(state.history)}, sync=last)
 
     def _lr_curve(self, state: State) -> tuple[Any, Any]:
         """The learning rate over the steps so far; their unit is the epoch."""
@@ -112,7 +114,7 @@ class RunFolder(Callback):
         if not callable(lr):
             return [row["epoch"] for row in state.history], [row["lr"] for row in state.history]
         steps = np.unique(np.linspace(0, max(state.step - 1, 0), 500).astype(int))
-        return (steps + 1) / state.batches, [lr(self._first_call + int(s)) for s in steps]
+        return (steps + 1) / state.steps, [lr(self._first_call + int(s)) for s in steps]
 
 
 def _is_run(path: Path) -> bool:
@@ -131,19 +133,3 @@ def _environment() -> dict[str, Any]:
         "threads": _kilter.num_threads(),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
-
-
-@contextmanager
-def _ctrl_c_waits() -> Iterator[None]:
-    """Hold a KeyboardInterrupt back until the block is done."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    caught: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
-    if caught:
-        raise KeyboardInterrupt

@@ -23,7 +23,7 @@ def recompute_batch_norm(model: Module, data: Data | tuple[Any, Any]) -> None:
     model
         Its modes, parameters and momentum stay as they are. Frozen layers keep their statistics.
     data
-        Batches, whose epoch 0 is read, or arrays (x, y), which are read in batches of 1,000 in their order. y is not
+        Batches, whose epoch 0 is read, or arrays (x, y), which are read in batches of 250 in their order. y is not
         used.
 
     Raises

@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from kilter.train._extra import extra
-from kilter.train.loop import Callback, State
+from kilter.train.state import Callback, State
 
 _REFRESH = 0.1  # seconds
 
@@ -23,8 +23,9 @@ class Progress(Callback):
         self.drawn = self.since = time.perf_counter()
         self.done, self.rate = 0, 0.0
         self.bar = extra("tqdm").tqdm(
-            total=state.epochs * state.batches,
-            desc=f"epoch 1/{state.epochs}",
+            total=state.epochs * state.steps,
+            initial=state.step,
+            desc=f"epoch {state.epoch + 1}/{state.epochs}",
             bar_format="{desc} |{bar}| {remaining} left{postfix}",
             **_size(),
             mininterval=0,
