@@ -1,4 +1,4 @@
-"""The experiments: what they write and print; each runs at a size where it learns nothing."""
+"""What experiments share: files, screen, summary, the task, differences over seeds."""
 
 import csv
 import importlib
@@ -7,80 +7,46 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from kilter import KilterError, cli, experiments
-from kilter.experiments import report, task
+from kilter import KilterError, cli, experiments, nn
+from kilter.data import digits
+from kilter.experiments import compare, report, task
 from kilter.experiments.report import Claim, Result, Table
-
-SMALL = {  # constants that make an experiment short
-    "precision": {"IMAGES": 300, "EPOCHS": 2, "BATCH": 8, "HIDDEN": (8,), "SEEDS": 2},
-    "optimizers": {"IMAGES": 300, "STEPS": 30, "WINDOW": 5, "HIDDEN": (8,), "SEEDS": 2, "KAPPA": 10.0},
-}
-
-
-def rows(path):
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+from kilter.train import evaluate
 
 
 def fake(claims, text="7"):
     table = Table(("name", "value"), [("one", 0.123456), (text, None)])
-    return lambda seed: Result(table, tuple(claims), lambda figure: figure.subplots().plot([seed, 1]), (2, 2))
-
-
-@pytest.fixture
-def digits(monkeypatch):
-    """The embedded digits, whether or not Fashion-MNIST is there."""
-
-    def missing():
-        raise KilterError("not here")
-
-    monkeypatch.setattr("kilter.data.fashion_mnist", missing)
-
-
-@pytest.mark.parametrize("name", experiments.NAMES)
-def test_every_experiment_writes_its_table_figure_and_claims(name, tmp_path, monkeypatch, capsys, digits):
-    module = importlib.import_module(f"kilter.experiments.{name}")
-    assert module.__doc__
-    for constant, value in SMALL.get(name, {}).items():
-        assert hasattr(module, constant)
-        monkeypatch.setattr(module, constant, value)
-    assert cli.main(["experiment", name, "--out", str(tmp_path), "--seed", "3"]) == 0
-    out, err = capsys.readouterr()
-    assert err == ""
-    folder = tmp_path / name
-    assert sorted(p.name for p in folder.iterdir()) == ["claims.csv", "figure.png", "table.csv"]
-    assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
-    table, claims = rows(folder / "table.csv"), rows(folder / "claims.csv")
-    assert table
-    assert claims
-    for row in table:
-        assert next(iter(row.values())) in out
-    for claim in claims:
-        assert claim["held"] in ("True", "False")
-        assert f"{'held    ' if claim['held'] == 'True' else 'NOT held'}  {claim['claim']} (" in out
-        assert claim["seeds"] in ("", "3", "3 to 4", "4 to 5")
+    return lambda seed, quick: Result(table, tuple(claims), lambda figure: figure.subplots().plot([seed, 1]), (2, 2))
 
 
 def test_all_collects_the_claims(tmp_path, monkeypatch, capsys):
-    claims = [Claim("a", True, "1 of 1", ""), Claim("b", False, "2, 3", "0 to 4")]
+    claims = [Claim(report.NOTES, "a", True, "1 of 1", ""), Claim(report.ESSAY, "b", False, "2, 3", "0 to 4")]
     for name, given in (("first", claims), ("second", claims[:1])):
         monkeypatch.setitem(importlib.sys.modules, f"kilter.experiments.{name}", SimpleNamespace(run=fake(given)))
     monkeypatch.setattr(experiments, "NAMES", {"first": "the first", "second": "the second"})
     assert cli.main(["experiment", "all", "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert "first: the first" in printed
-    assert "NOT held  b (2, 3; seeds 0 to 4)" in printed
-    assert "2 of 3 claims held" in printed
-    collected = rows(tmp_path / "out" / "claims.csv")
-    assert [(row["experiment"], row["claim"], row["held"]) for row in collected] == [
-        ("first", "a", "True"),
-        ("first", "b", "False"),
-        ("second", "a", "True"),
+    summary = printed[printed.index("essay on batch norm: 0 of 1 held here") :].splitlines()
+    assert summary[1:6] == [
+        "NOT held  b (2, 3; seeds 0 to 4)",
+        "",
+        "notes on optimizers: 2 of 2 held here",
+        "held      a (1 of 1)",
+        "held      a (1 of 1)",
+    ]
+    assert summary[-1].startswith("2 of 3 claims held; ")
+    with open(tmp_path / "out" / "claims.csv", newline="", encoding="utf-8") as file:
+        collected = list(csv.DictReader(file))
+    assert [(row["experiment"], row["text"], row["claim"], row["held"]) for row in collected] == [
+        ("first", "notes on optimizers", "a", "True"),
+        ("first", "essay on batch norm", "b", "False"),
+        ("second", "notes on optimizers", "a", "True"),
     ]
 
 
 def test_tables_are_exact_in_files_and_short_on_the_screen(tmp_path):
-    result = fake([], text='a "b", c')(0)
+    result = fake([], text='a "b", c')(0, False)
     report.write(tmp_path, result)
     assert (tmp_path / "table.csv").read_text() == 'name,value\none,0.123456\n"a ""b"", c",\n'
     assert report.text(result.table).splitlines() == ["name       value", "one       0.1235", 'a "b", c']
@@ -111,16 +77,66 @@ def test_a_missing_extra_is_said_before_anything_runs(tmp_path, monkeypatch, cap
     assert not (tmp_path / "x").exists()
 
 
-def test_the_schedules_keep_their_claims():
-    result = importlib.import_module("kilter.experiments.schedules").run(0)
-    assert all(claim.held for claim in result.claims)
-    assert len(result.table.rows) == 20
+def test_quick_is_passed_on(tmp_path, monkeypatch):
+    seen = []
+
+    def run(seed, quick):
+        seen.append((seed, quick))
+        return fake([])(seed, quick)
+
+    monkeypatch.setitem(importlib.sys.modules, "kilter.experiments.schedules", SimpleNamespace(run=run))
+    experiments.run(["schedules"], tmp_path, 5)
+    experiments.run(["schedules"], tmp_path, 5, quick=True)
+    assert seen == [(5, False), (5, True)]
 
 
-def test_the_task(digits):
-    name, data = task.images(100, "float16")
-    assert name == "digits"
-    assert [a.shape for a in data] == [(100, 64), (100,), (360, 64), (360,)]
-    assert data.x_train.dtype == data.x_test.dtype == np.float16
-    assert abs(float(data.x_train.mean(dtype=np.float64))) < 0.05
-    assert task.spread([1.0, 3.0]) == pytest.approx(2**0.5)
+def test_a_watch_keeps_its_own_time_out(monkeypatch):
+    clock = iter([10.0, 11.0, 15.0, 17.0, 18.0])  # start; two looks, each from and to
+    monkeypatch.setattr(task.time, "perf_counter", lambda: next(clock))
+    model = nn.mlp(64, 10, hidden=(4,))
+    found = task.rows(digits(), 60)
+    watch = task.Watch(found.x_test, found.y_test, every=2)
+    state = SimpleNamespace(model=model, step=0)
+    watch.on_start(state)
+    for state.step in range(1, 5):
+        watch.on_step(state)
+    curve = watch.curve()
+    np.testing.assert_array_equal(curve.steps, [2, 4])
+    np.testing.assert_array_equal(curve.seconds, [1, 3])
+    assert curve.accuracy[0] == pytest.approx(evaluate(model, (found.x_test, found.y_test)).accuracy)
+
+
+def test_when_a_curve_reaches_an_accuracy():
+    curve = task.Curve(*np.array([[10, 20, 30], [1.0, 2.0, 3.0], [0.5, 0.8, 0.7], [3, 2, 1]]))
+    assert curve.reached(0.7) == (20, 2.0)
+    assert curve.reached(0.5) == (10, 1.0)
+    assert curve.reached(0.9) is None
+    assert task.Watch(None, None, 1).curve().reached(0.1) is None
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 7, 9, 19, 99])
+def test_quantiles_are_those_of_student(freedom):
+    wanted = {1: 12.7062, 2: 4.30265, 3: 3.18245, 4: 2.77645, 7: 2.36462, 9: 2.26216, 19: 2.09302, 99: 1.98422}
+    assert compare.student(freedom) == pytest.approx(wanted[freedom], rel=0.01 if freedom > 2 else 1e-5)
+
+
+def test_differences_of_pairs():
+    gap = compare.difference([2.0, 3.0, 4.0, 6.0], [1.0, 1.0, 1.0, 1.0])  # 1, 2, 3, 5: mean 2.75, sd 1.708
+    assert gap.mean == pytest.approx(2.75)
+    assert gap.half == pytest.approx(3.18245 * 1.70783 / 2, rel=0.01)
+    assert (gap.first_higher, gap.pairs, gap.above, gap.below, gap.clear) == (4, 4, True, False, True)
+    assert str(gap) == "difference +2.75 ± 2.7"
+    less = compare.difference([1.0, 1.0, 1.0, 1.0], [2.0, 3.0, 4.0, 6.0])
+    assert (less.above, less.below, less.clear) == (False, True, True)
+    assert not compare.difference([1.0, 2.0], [2.0, 1.0]).clear
+    assert compare.spread([1.0, 3.0]) == pytest.approx(2**0.5)
+    assert compare.mean_and_spread([1.0, 3.0]) == "2 ± 1.4"
+    for first, second in (([1.0], [1.0]), ([1.0, 2.0], [1.0])):
+        with pytest.raises(KilterError, match=r"^first, second: expected"):
+            compare.difference(first, second)
+
+
+def test_an_interval_holds_the_truth_95_times_in_100():
+    pairs = np.random.default_rng(0).standard_normal((2000, 5))
+    held = [not compare.difference(row, np.zeros(5)).clear for row in pairs]
+    assert np.mean(held) == pytest.approx(0.95, abs=0.015)

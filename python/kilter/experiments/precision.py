@@ -9,15 +9,28 @@ import numpy as np
 from kilter import nn
 from kilter._check import dtype_of
 from kilter.data import Batches, Dataset
-from kilter.experiments.report import Claim, Result, Table, seeds
-from kilter.experiments.task import images, spread
-from kilter.optim import Adam, LossScaler
+from kilter.experiments.compare import spread
+from kilter.experiments.report import TRICKS, Claim, Result, Table, seeds
+from kilter.experiments.task import images
+from kilter.optim import SGD, Adam, LossScaler
 from kilter.schedule import cosine
 from kilter.train import Callback, State, fit, plot
 
-IMAGES, EPOCHS, BATCH, HIDDEN, SEEDS = 40_000, 5, 128, (128,), 4
+BATCH = 128
 LR = 2e-4  # of Adam: small steps are what 16-bit weights lose
 SCALE = 1024.0
+
+
+class Size(NamedTuple):
+    """Seeds, images, epochs, hidden layers."""
+
+    seeds: int
+    images: int
+    epochs: int
+    hidden: tuple[int, ...]
+
+
+FULL, QUICK = Size(4, 40_000, 5, (128,)), Size(2, 1300, 3, (8,))
 
 
 class Variant(NamedTuple):
@@ -71,9 +84,11 @@ class Probe(Callback):
             self.empty.append(float(np.mean(grad == 0)))
 
 
-def run(seed: int) -> Result:
+def run(seed: int, quick: bool = False) -> Result:
     """Train the same network in every precision, each with several seeds."""
-    runs = {name: _runs(variant, seed) for name, variant in VARIANTS.items()}
+    size = QUICK if quick else FULL
+    _, data = images(size.images)
+    runs = {name: _runs(variant, data, size, seed) for name, variant in VARIANTS.items()}
     columns = ("weights", "test accuracy %", "spread", "training loss", "weights moved %", "zero gradients %")
     rows = []
     for name, some in runs.items():
@@ -82,20 +97,46 @@ def run(seed: int) -> Result:
             float(np.mean(values)) for values in zip(*((r.losses[-1], r.moved, r.empty) for r in some), strict=True)
         ]
         rows.append((name, float(np.mean(accuracy)), spread(accuracy), means[0], 100 * means[1], 100 * means[2]))
-    return Result(
-        Table(columns, rows), _claims(runs, seeds(seed, SEEDS)), lambda figure: _paint(figure, runs), (11, 4.2)
-    )
+    claims = (_loop_claim(loop()), *_claims(runs, seeds(seed, size.seeds)))
+    return Result(Table(columns, rows), claims, lambda figure: _paint(figure, runs), (16, 4.6))
 
 
-def _runs(variant: Variant, seed: int) -> list[Run]:
-    _, data = images(IMAGES, dtype_of("dtype", variant.dtype))
-    return [_train(variant, data, seed + i) for i in range(SEEDS)]
+class Loop(NamedTuple):
+    """One number on its way through a step of mixed precision."""
+
+    master: float
+    copy: float
+    lost: float  # the gradient in float16, were the loss not scaled
+    scaled: float
+    unscaled: float
+    after: float
 
 
-def _train(variant: Variant, data: Dataset, seed: int) -> Run:
-    model = nn.mlp(data.x_train.shape[1], 10, hidden=HIDDEN, seed=seed, dtype=variant.dtype)
+def loop() -> Loop:
+    """A weight of 0.1 with the gradient 2^-25, by SGD at a rate of 1."""
+    w, gradient = np.array([0.1], np.float16), 2.0**-25
+    optimizer = SGD([w], 1.0)
+    before = float(_master(optimizer))
+    copy, scaled = float(w[0]), np.array([gradient * SCALE], np.float16)
+    optimizer.step([scaled], scaler=LossScaler(SCALE))
+    after = float(_master(optimizer))
+    return Loop(before, copy, float(np.float16(gradient)), float(scaled[0]), float(scaled[0]) / SCALE, after)
+
+
+def _master(optimizer: SGD) -> Any:
+    return next(a for name, a in optimizer.state_dict().items() if "master" in name)[0]
+
+
+def _runs(variant: Variant, data: Dataset, size: Size, seed: int) -> list[Run]:
+    dtype = dtype_of("dtype", variant.dtype)
+    data = data._replace(x_train=data.x_train.astype(dtype), x_test=data.x_test.astype(dtype))
+    return [_train(variant, data, size, seed + i) for i in range(size.seeds)]
+
+
+def _train(variant: Variant, data: Dataset, size: Size, seed: int) -> Run:
+    model = nn.mlp(data.x_train.shape[1], 10, hidden=size.hidden, seed=seed, dtype=variant.dtype)
     batches = Batches(data.x_train, data.y_train, BATCH, seed=seed, drop_last=True)
-    lr = cosine(LR, EPOCHS * len(batches))
+    lr = cosine(LR, size.epochs * len(batches))
     optimizer = Adam(model.params(), lr, master_dtype="auto" if variant.masters else None)
     probe = Probe()
     history = fit(
@@ -103,7 +144,7 @@ def _train(variant: Variant, data: Dataset, seed: int) -> Run:
         optimizer,
         nn.softmax_cross_entropy,
         batches,
-        epochs=EPOCHS,
+        epochs=size.epochs,
         valid=(data.x_test, data.y_test),
         scaler=LossScaler(SCALE) if variant.scaler else None,
         callbacks=[probe],
@@ -114,6 +155,18 @@ def _train(variant: Variant, data: Dataset, seed: int) -> Run:
     return Run(losses, accuracy, float(np.mean(probe.moved)), float(np.mean(probe.empty)))
 
 
+def _loop_claim(found: Loop) -> Claim:
+    moved = found.master - found.after
+    return Claim(
+        TRICKS,
+        "a tiny gradient has to be inflated by the loss, and a float32 master keeps what it changes",
+        found.lost == 0 and bool(np.isclose(found.unscaled, 2.0**-25) and 0 < moved < 2e-7),
+        f"2^-25 is {found.lost:g} in float16 and {found.scaled:.3g} times {SCALE:g}; the master moves by {moved:.2g}, "
+        f"the float16 copy stays {found.copy:.5f}",
+        "",
+    )
+
+
 def _claims(runs: dict[str, list[Run]], drawn: str) -> tuple[Claim, ...]:
     exact = [100 * one.accuracy for one in runs["float32"]]
     noise = spread(exact)
@@ -122,24 +175,26 @@ def _claims(runs: dict[str, list[Run]], drawn: str) -> tuple[Claim, ...]:
         gap = float(np.mean([100 * one.accuracy for one in runs[name]]) - np.mean(exact))
         numbers = f"{np.mean(exact) + gap:.2f} % and {np.mean(exact):.2f} %, spread of float32 {noise:.2f}"
         text = f"{name}: reaches the accuracy of float32 within the spread over seeds"
-        claims.append(Claim(text, abs(gap) <= noise, numbers, drawn))
+        claims.append(Claim(TRICKS, text, abs(gap) <= noise, numbers, drawn))
     for name, whole in (("bfloat16 alone", "bfloat16, masters"), ("float16 alone, scaler", "float16, masters, scaler")):
         ends, best = ([one.losses[-1] for one in runs[key]] for key in (name, whole))
         share = np.mean([one.moved for one in runs[name]])
         numbers = f"loss {np.mean(ends):.3f}, with masters {np.mean(best):.3f}; a step moves {share:.0%} of the weights"
-        claims.append(Claim(f"{name}: stalls above the loss that masters reach", min(ends) > max(best), numbers, drawn))
+        text = f"{name}: the risk to accuracy: it stalls above the loss that masters reach"
+        claims.append(Claim(TRICKS, text, min(ends) > max(best), numbers, drawn))
     with_scaler, without = (
         np.mean([one.empty for one in runs[name]]) for name in ("float16, masters, scaler", "float16, masters")
     )
     numbers = f"zero are {without:.2%} without, {with_scaler:.2%} with a scale of {SCALE:g}"
     text = "float16 gradients that round to zero come back with a loss scale"
-    claims.append(Claim(text, bool(with_scaler < without), numbers, drawn))
+    claims.append(Claim(TRICKS, text, bool(with_scaler < without), numbers, drawn))
     return tuple(claims)
 
 
 def _paint(figure: Any, runs: dict[str, list[Run]]) -> None:
-    loss, moved = figure.subplots(1, 2, width_ratios=(3, 2))
-    plot.style(loss, f"training loss, mean of {SEEDS} seeds", "epoch")
+    circle, loss, moved = figure.subplots(1, 3, width_ratios=(3, 3, 2))
+    _paint_loop(circle, loop())
+    plot.style(loss, f"training loss, mean of {len(next(iter(runs.values())))} seeds", "epoch")
     for name, some in runs.items():
         variant = VARIANTS[name]
         mean = np.mean([one.losses for one in some], axis=0)
@@ -156,3 +211,33 @@ def _paint(figure: Any, runs: dict[str, list[Run]]) -> None:
         moved.text(share + 1, place, f"{share:.0f}", va="center", fontsize=8, color=plot.INK)
     moved.set_xlim(0, 110)
     moved.grid(visible=False, axis="y")
+
+
+def _paint_loop(axes: Any, found: Loop) -> None:
+    """The loop of mixed precision, clockwise from the master, with the numbers of one weight."""
+    axes.set_title("mixed precision: one step of one weight", loc="left", fontsize=10, color=plot.INK)
+    axes.set_axis_off()
+    boxes = (
+        ("float32 master", f"{found.master:.8f}", BLUE),
+        ("float16 copy", f"{found.copy:.8f}", RED),
+        (f"forward; loss x {SCALE:g}", "float16", RED),
+        ("float16 gradient", f"{found.scaled:.4g}  (unscaled: {found.lost:g})", RED),
+        (f"float32 gradient, / {SCALE:g}", f"{found.unscaled:.4g}", BLUE),
+        ("new master", f"{found.after:.8f}", BLUE),
+    )
+    angles = np.pi / 2 - 2 * np.pi * np.arange(len(boxes)) / len(boxes)
+    places = np.stack([1.25 * np.cos(angles), np.sin(angles)], axis=1)
+    for (name, number, color), (x, y) in zip(boxes, places, strict=True):
+        box = {"boxstyle": "round,pad=0.5", "facecolor": "white", "edgecolor": color, "linewidth": 1.4}
+        axes.text(x, y, f"{name}\n{number}", ha="center", va="center", fontsize=8, color=plot.INK, bbox=box, zorder=3)
+    for (x, y), (to_x, to_y) in zip(places, np.roll(places, -1, axis=0), strict=True):
+        axes.annotate(
+            "",
+            (x + 0.62 * (to_x - x), y + 0.62 * (to_y - y)),
+            (x, y),
+            zorder=1,
+            arrowprops={"arrowstyle": "-|>", "color": plot.QUIET, "linewidth": 1.6},
+        )
+        axes.plot([x, to_x], [y, to_y], color=plot.QUIET, linewidth=1.6, zorder=0)
+    axes.set_xlim(-2.0, 2.0)
+    axes.set_ylim(-1.3, 1.3)

@@ -1,4 +1,4 @@
-"""What an experiment hands over, and how it is written: tables, claims, figures."""
+"""What an experiment hands over, and how it is written and summed up: tables, claims, figures."""
 
 from __future__ import annotations
 
@@ -11,9 +11,34 @@ from typing import Any, NamedTuple
 from kilter.train import plot
 from kilter.train.checkpoint import replacing
 
-__all__ = ["FILES", "Claim", "Result", "Table", "seeds", "text", "verdicts", "write", "write_csv"]
+__all__ = [
+    "ESSAY",
+    "FILES",
+    "GUIDE",
+    "NOTES",
+    "OWN",
+    "SURVEY",
+    "TRICKS",
+    "Claim",
+    "Result",
+    "Table",
+    "seeds",
+    "summary",
+    "text",
+    "verdicts",
+    "write",
+    "write_csv",
+]
 
 FILES = TABLE, FIGURE, CLAIMS = "table.csv", "figure.png", "claims.csv"
+
+# The texts whose claims are checked, and kilter's own.
+ESSAY = "essay on batch norm"
+SURVEY = "survey with initial weights"
+GUIDE = "guide to batch norm"
+NOTES = "notes on optimizers"
+TRICKS = "seven tricks"
+OWN = "kilter"
 
 
 class Table(NamedTuple):
@@ -24,8 +49,9 @@ class Table(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """A sentence that can fail, whether it held, the numbers that say so, and the seeds they come from."""
+    """Who says a sentence that can fail, whether it held here, the numbers that say so, the seeds they come from."""
 
+    text: str
     claim: str
     held: bool
     numbers: str
@@ -80,9 +106,21 @@ def verdicts(claims: Sequence[Claim]) -> str:
     """A line per claim: whether it held, the claim, its numbers."""
     lines = []
     for claim in claims:
-        drawn = f"; seeds {claim.seeds}" if claim.seeds else ""
+        word = "seeds" if " " in claim.seeds else "seed"
+        drawn = f"; {word} {claim.seeds}" if claim.seeds else ""
         lines.append(f"{'held    ' if claim.held else 'NOT held'}  {claim.claim} ({claim.numbers}{drawn})")
     return "\n".join(lines)
+
+
+def summary(claims: Sequence[Claim]) -> str:
+    """The verdicts of many experiments under the text that makes the claim, with how many held."""
+    parts = []
+    for name in (ESSAY, SURVEY, GUIDE, NOTES, TRICKS, OWN):
+        found = [claim for claim in claims if claim.text == name]
+        if found:
+            held = sum(claim.held for claim in found)
+            parts.append(f"{name}: {held} of {len(found)} held here\n{verdicts(found)}")
+    return "\n\n".join(parts)
 
 
 def _cell(value: Any) -> str:
