@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import reference_optim as reference
+from kilter._backend import host
 from kilter.optim import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, DiagonalNewton, Lion, NAdam, RMSprop
 
 
@@ -14,12 +15,30 @@ def mapped(function, tree):
     return [mapped(function, one) for one in tree] if isinstance(tree, (list, tuple)) else function(tree)
 
 
+def on(backend, tree):
+    """The structure with copies of its arrays on a backend."""
+    return mapped(lambda a: backend.array(a.copy()), tree)
+
+
+def read(backend, tree):
+    """The structure with NumPy arrays."""
+    return mapped(backend.numpy, tree)
+
+
+def fewer(backend, many, few):
+    """How much of a table is gone through: all of it where a step takes microseconds."""
+    return many if backend.xp is np else few
+
+
 class Newton(DiagonalNewton):
     """With a curvature of 2 at every step, so that it can be called as the others are."""
 
     def step(self, grads, *, scaler=None):
         def two(g):
-            return np.full(g.shape, 2, g.dtype) if isinstance(g, np.ndarray) else g
+            if isinstance(g, np.ndarray):
+                g = g.copy()
+                g[...] = 2
+            return g
 
         return super().step(grads, mapped(two, grads), scaler=scaler)
 
@@ -81,5 +100,5 @@ def walk(kind, p, grads, **options):
     path, opt = [], kind([p], **options)
     for g in grads:
         opt.step([g])
-        path.append(p.astype(np.float64))
+        path.append(host(p).astype(np.float64))
     return np.array(path)

@@ -50,37 +50,31 @@ def test_batch_norm_reads_any_memory(backend, rng, dtype, kind, axis):
     gamma, beta, weights = rng.normal(size=(3, SHAPE[axis])).astype(arithmetic(dtype))
     weights = rng.random(SHAPE[0])
     options = {"axis": axis, "activation": "relu"}
-    want, cache = batch_norm(x, gamma, beta, residual=r, weights=weights, **options)
-    wants = batch_norm_backward(dy, cache)
-    odd = ODD[kind]
-    oddly = [backend.array(odd(a)) for a in (x, gamma, beta, r)]
-    y, cache = batch_norm(*oddly[:3], residual=oddly[3], weights=backend.array(odd(weights)), **options)
-    grads = batch_norm_backward(backend.array(odd(dy)), cache)
+
+    def results(place):
+        *inputs, residual, w, upstream = (backend.array(place(a)) for a in (x, gamma, beta, r, weights, dy))
+        y, cache = batch_norm(*inputs, residual=residual, weights=w, **options)
+        return [backend.numpy(a) for a in (y, *batch_norm_backward(upstream, cache))]
+
     # Channels-last memory is read in place, in another order of additions: equal, but not in bits.
     close = {FLOAT64: 1e-13, FLOAT32: 1e-5, FLOAT16: 2e-3, BFLOAT16: 2e-2}[dtype]
     equal = (lambda a, b: np.allclose(a, b, rtol=close, atol=close / 10)) if "last" in kind else same_bits
-    assert equal(backend.numpy(y), want)
-    assert all(equal(backend.numpy(a), b) for a, b in zip(grads, wants, strict=True))
+    assert all(equal(a, b) for a, b in zip(results(ODD[kind]), results(np.copy), strict=True))
 
 
 @kinds
 def test_row_norms_read_any_memory(backend, rng, dtype, kind):
-    x, r, dy, dsum = rng.normal(size=(4, *SHAPE)).astype(dtype)
-    gamma, beta = rng.normal(size=(2, *SHAPE[-2:])).astype(arithmetic(dtype))
-    want, cache = layer_norm(x, gamma, beta, ndim=2, residual=r)
-    wants = layer_norm_backward(dy, cache, dsum=dsum)
-    odd = ODD[kind]
-    oddly = [backend.array(odd(a)) for a in (x, gamma, beta, r, dy, dsum)]
-    y, cache = layer_norm(*oddly[:3], ndim=2, residual=oddly[3])
-    assert same_bits(backend.numpy(y), want)
-    for grad, expected in zip(layer_norm_backward(oddly[4], cache, dsum=oddly[5]), wants, strict=True):
-        assert same_bits(backend.numpy(grad), expected)
-    want, cache = rms_norm(x, gamma, ndim=2)
-    wants = rms_norm_backward(dy, cache)
-    y, cache = rms_norm(*oddly[:2], ndim=2)
-    assert same_bits(backend.numpy(y), want)
-    for grad, expected in zip(rms_norm_backward(oddly[4], cache), wants, strict=True):
-        assert same_bits(backend.numpy(grad), expected)
+    data = rng.normal(size=(4, *SHAPE)).astype(dtype)
+    affine = rng.normal(size=(2, *SHAPE[-2:])).astype(arithmetic(dtype))
+
+    def results(place):
+        x, r, dy, dsum, gamma, beta = (backend.array(place(a)) for a in (*data, *affine))
+        y, cache = layer_norm(x, gamma, beta, ndim=2, residual=r)
+        y2, cache2 = rms_norm(x, gamma, ndim=2)
+        grads = *layer_norm_backward(dy, cache, dsum=dsum), *rms_norm_backward(dy, cache2)
+        return [backend.numpy(a) for a in (y, y2, *grads)]
+
+    assert all(same_bits(a, b) for a, b in zip(results(ODD[kind]), results(np.copy), strict=True))
 
 
 @pytest.mark.parametrize("axis", [1, -1])
@@ -101,38 +95,41 @@ def test_batch_norm_reads_broadcast_memory(rng, dtype, axis):
 @pytest.mark.parametrize("axis", [1, -1])
 @kinds
 def test_norms_of_samples_read_any_memory(backend, rng, dtype, kind, axis, forward, backward):
-    x, dy = rng.normal(size=(2, *SHAPE)).astype(dtype)
-    gamma, beta = rng.normal(size=(2, SHAPE[axis])).astype(arithmetic(dtype))
-    want, cache = forward(x, gamma, beta, axis=axis)
-    wants = backward(dy, cache)
-    odd = ODD[kind]
-    y, cache = forward(*(backend.array(odd(a)) for a in (x, gamma, beta)), axis=axis)
-    grads = backward(backend.array(odd(dy)), cache)
+    data = rng.normal(size=(2, *SHAPE)).astype(dtype)
+    affine = rng.normal(size=(2, SHAPE[axis])).astype(arithmetic(dtype))
+
+    def results(place):
+        x, dy, gamma, beta = (backend.array(place(a)) for a in (*data, *affine))
+        y, cache = forward(x, gamma, beta, axis=axis)
+        return [backend.numpy(a) for a in (y, *backward(dy, cache))]
+
     close = {FLOAT64: 1e-13, FLOAT32: 1e-5, FLOAT16: 2e-3, BFLOAT16: 2e-2}[dtype]
     equal = (lambda a, b: np.allclose(a, b, rtol=close, atol=close)) if "last" in kind else same_bits
-    assert equal(backend.numpy(y), want)
-    assert all(equal(backend.numpy(a), b) for a, b in zip(grads, wants, strict=True))
+    assert all(equal(a, b) for a, b in zip(results(ODD[kind]), results(np.copy), strict=True))
 
 
 @kinds
-def test_moments_and_evaluation_read_any_memory(rng, dtype, kind):
+def test_moments_and_evaluation_read_any_memory(backend, rng, dtype, kind):
     x = rng.normal(size=SHAPE).astype(dtype)
-    running = RunningStats(5, dtype=arithmetic(dtype))
-    running.update(rng.normal(size=5), rng.random(5), 10)
-    for a, b in zip(moments(ODD[kind](x)), moments(x), strict=True):
+    oddly, plain = backend.array(ODD[kind](x)), backend.array(x)
+    running = RunningStats(5, dtype=arithmetic(dtype), xp=backend.xp)
+    running.update(backend.array(rng.normal(size=5)), backend.array(rng.random(5)), 10)
+    for a, b in zip(moments(oddly), moments(plain), strict=True):
+        a, b = backend.numpy(a), backend.numpy(b)
         equal = np.allclose(a, b, rtol=1e-6, atol=1e-6) if "last" in kind else same_bits(a, b)
         assert equal
-    y, _ = batch_norm(ODD[kind](x), running=running, training=False)
-    assert same_bits(y, batch_norm(x, running=running, training=False)[0])
+    y, _ = batch_norm(oddly, running=running, training=False)
+    assert same_bits(backend.numpy(y), backend.numpy(batch_norm(plain, running=running, training=False)[0]))
 
 
 @pytest.mark.parametrize("kind", ODD)
-def test_update_reads_any_memory(rng, kind):
+def test_update_reads_any_memory(backend, rng, kind):
     mean, var = rng.normal(size=9), rng.random(9)
-    plain, odd = RunningStats(9, dtype="float64"), RunningStats(9, dtype="float64")
-    plain.update(mean, var, 4)
-    odd.update(ODD[kind](mean), ODD[kind](var), 4)
-    assert same_bits(odd.mean, plain.mean) and same_bits(odd.var, plain.var)
+    plain, odd = (RunningStats(9, dtype="float64", xp=backend.xp) for _ in range(2))
+    plain.update(backend.array(mean), backend.array(var), 4)
+    odd.update(backend.array(ODD[kind](mean)), backend.array(ODD[kind](var)), 4)
+    assert same_bits(backend.numpy(odd.mean), backend.numpy(plain.mean))
+    assert same_bits(backend.numpy(odd.var), backend.numpy(plain.var))
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
@@ -150,23 +147,23 @@ def test_gradients_in_any_memory(rng, dtype, kind, optimizer):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_empty(dtype):
-    small = arithmetic(dtype)
+def test_empty(backend, dtype):
+    small, xp = arithmetic(dtype), backend.xp
     for shape in ((4, 0), (4, 0, 5)):  # no channels: nothing to do
-        x = np.empty(shape, dtype)
-        y, cache = batch_norm(x, np.empty(0, small), np.empty(0, small))
+        x = xp.empty(shape, dtype)
+        y, cache = batch_norm(x, xp.empty(0, small), xp.empty(0, small))
         grads = batch_norm_backward(y, cache)
         assert y.shape == grads.dx.shape == shape and grads.dgamma.shape == (0,)
     for shape in ((0, 3), (4, 3, 0), (0, 3, 5)):  # no values: no statistics, but evaluation is defined
-        x = np.empty(shape, dtype)
-        running = RunningStats(3, dtype=small)
+        x = xp.empty(shape, dtype)
+        running = RunningStats(3, dtype=small, xp=xp)
         with refused("(?i)value", running):
             batch_norm(x, running=running)
-        y, cache = batch_norm(x, np.ones(3, small), running=running, training=False)
+        y, cache = batch_norm(x, xp.ones(3, small), running=running, training=False)
         grads = batch_norm_backward(y, cache)
-        assert y.shape == grads.dx.shape == shape and (grads.dgamma == 0).all()
-        assert (np.asarray(moments(x).count) == 0).all()
-    assert init.he_normal((4, 0), seed=0, dtype=dtype).shape == (4, 0)
+        assert y.shape == grads.dx.shape == shape and (backend.numpy(grads.dgamma) == 0).all()
+        assert backend.numpy(moments(x).count) == 0
+    assert init.he_normal((4, 0), seed=0, dtype=dtype, xp=xp).shape == (4, 0)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)

@@ -35,16 +35,17 @@ AFFINE = {  # gamma, beta, in the data's dtype instead of the arithmetic's
 }
 
 
-def check(backend, x, dy, gamma=None, beta=None, *, axis=1, relu=False, residual=None, bound=None, **options):
+def check(backend, x, dy, gamma=None, beta=None, *, axis=1, relu=False, residual=None, weights=None, bound=None):
     """Training forward and backward, with fresh outputs and with out=, against the reference."""
     dtype, activation = x.dtype, "relu" if relu else None
-    kx, kdy, kgamma, kbeta, kresidual = (
-        None if a is None else backend.array(a) for a in (x, dy, gamma, beta, residual)
+    kx, kdy, kgamma, kbeta, kresidual, kweights = (
+        None if a is None else backend.array(a) for a in (x, dy, gamma, beta, residual, weights)
     )
-    y, cache = batch_norm(kx, kgamma, kbeta, axis=axis, activation=activation, residual=kresidual, **options)
+    given = {"axis": axis, "activation": activation, "residual": kresidual, "weights": kweights}
+    y, cache = batch_norm(kx, kgamma, kbeta, **given)
     grads = batch_norm_backward(kdy, cache)
 
-    common = {"axis": axis, **{k: v for k, v in options.items() if k in ("eps", "weights")}}
+    common = {"axis": axis, "weights": weights}
     want, mean, var = reference.batch_norm(x, gamma, beta, relu=relu, residual=residual, **common)
     count, _, m2 = (np.asarray(backend.numpy(a), np.float64) for a in cache.moments)
     assert y.dtype == dtype
@@ -67,7 +68,7 @@ def check(backend, x, dy, gamma=None, beta=None, *, axis=1, relu=False, residual
             assert_close(backend.numpy(grad), expected, source.dtype, bound, scale)
 
     out, dx = backend.array(output_like(x)), backend.array(output_like(x))
-    y2, cache = batch_norm(kx, kgamma, kbeta, axis=axis, activation=activation, residual=kresidual, out=out, **options)
+    y2, cache = batch_norm(kx, kgamma, kbeta, out=out, **given)
     grads2 = batch_norm_backward(kdy, cache, out=dx)
     assert y2 is out and grads2.dx is dx
     assert same_bits(backend.numpy(y2), backend.numpy(y))
@@ -154,7 +155,7 @@ def test_outlier_first(backend, rng, mean, first, bound, axis):
     x[0, 0, 0, 0] = first
     x = np.ascontiguousarray(np.moveaxis(x, 1, axis))
     _, cache = batch_norm(backend.array(x), axis=axis)
-    assert relative_error(cache.moments.m2, reference.moments(x, axis).m2) < bound
+    assert relative_error(backend.numpy(cache.moments.m2), reference.moments(x, axis).m2) < bound
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, -3.7, 1e4 + 1 / 3])
@@ -165,11 +166,11 @@ def test_constant_channel(backend, rng, dtype, axis, shape, value):
     x = np.full(shape, value).astype(dtype)
     beta = rng.normal(size=3).astype(arithmetic(dtype))
     x, dy = np.ascontiguousarray(np.moveaxis(x, 1, axis)), np.moveaxis(rng.normal(size=shape), 1, axis)
-    y, cache = batch_norm(backend.array(x), beta=beta, axis=axis, eps=1e-8)
-    assert (cache.moments.m2 == 0).all()
+    y, cache = batch_norm(backend.array(x), beta=backend.array(beta), axis=axis, eps=1e-8)
+    assert (backend.numpy(cache.moments.m2) == 0).all()
     assert (np.moveaxis(backend.numpy(y), axis, -1) == beta.astype(dtype)).all()
     grads = batch_norm_backward(backend.array(dy.astype(dtype, "C")), cache)
-    assert all(np.isfinite(np.asarray(g, np.float64)).all() for g in grads if g is not None)
+    assert all(np.isfinite(backend.numpy(g).astype(np.float64)).all() for g in grads if g is not None)
 
 
 # --------------------------------------------------------------------------- worked numbers
@@ -179,31 +180,50 @@ GAMMA, BETA = np.array([2.0]), np.array([1.0])
 DY = np.array([[1.0], [2.0], [-1.0], [0.5]])
 
 
-def test_v1():
-    y, cache = batch_norm(X, GAMMA, BETA)
+def test_v1(backend):
+    x, gamma, beta = map(backend.array, (X, GAMMA, BETA))
+    y, cache = batch_norm(x, gamma, beta)
     assert (cache.moments.mean, cache.moments.m2, cache.moments.count) == (5, 20, 4)
-    np.testing.assert_allclose(y[:, 0], [-1.683278889722, 0.105573703426, 1.894426296574, 3.683278889722], atol=1e-12)
-    y, _ = batch_norm(X, GAMMA, BETA, eps=1e-8)
-    np.testing.assert_allclose(y[:, 0], [-1.683281570316, 0.105572809895, 1.894427190105, 3.683281570316], atol=1e-12)
+    want = [-1.683278889722, 0.105573703426, 1.894426296574, 3.683278889722]
+    np.testing.assert_allclose(backend.numpy(y)[:, 0], want, atol=1e-12)
+    y, _ = batch_norm(x, gamma, beta, eps=1e-8)
+    want = [-1.683281570316, 0.105572809895, 1.894427190105, 3.683281570316]
+    np.testing.assert_allclose(backend.numpy(y)[:, 0], want, atol=1e-12)
 
 
-def test_v2_training_and_frozen():
-    running = RunningStats(1, dtype="float64")
-    _, cache = batch_norm(X, GAMMA, BETA, running=running)
-    dx, dgamma, dbeta, dresidual = batch_norm_backward(DY, cache)
-    np.testing.assert_allclose(dx[:, 0], [-0.268326681499, 1.028590643551, -1.252197217695, 0.491933255643], atol=1e-12)
-    np.testing.assert_allclose([dgamma[0], dbeta[0]], [-2.012459167292, 2.5], atol=1e-12)
+def test_v2_training_and_frozen(backend):
+    x, gamma, beta, dy = map(backend.array, (X, GAMMA, BETA, DY))
+    running = RunningStats(1, dtype="float64", xp=backend.xp)
+
+    def near(got, want):
+        np.testing.assert_allclose(np.ravel(backend.numpy(got)), want, atol=1e-12)
+
+    _, cache = batch_norm(x, gamma, beta, running=running)
+    dx, dgamma, dbeta, dresidual = batch_norm_backward(dy, cache)
+    near(dx, [-0.268326681499, 1.028590643551, -1.252197217695, 0.491933255643])
+    near(dgamma, -2.012459167292)
+    near(dbeta, 2.5)
     assert dresidual is None
-    np.testing.assert_allclose([running.mean[0], running.var[0]], [0.5, 1.566666666667], atol=1e-12)
+    near(running.mean, 0.5)
+    near(running.var, 1.566666666667)
 
-    y, cache = batch_norm(X, GAMMA, BETA, running=running, training=False)
-    np.testing.assert_allclose(y[:, 0], [3.396798736465, 6.592530385086, 9.788262033707, 12.983993682327], atol=1e-12)
-    dx, dgamma, dbeta, _ = batch_norm_backward(DY, cache)
-    np.testing.assert_allclose(dx[:, 0], [1.597865824310, 3.195731648621, -1.597865824310, 0.798932912155], atol=1e-12)
-    np.testing.assert_allclose([dgamma[0], dbeta[0]], [5.392797157047, 2.5], atol=1e-12)
+    y, cache = batch_norm(x, gamma, beta, running=running, training=False)
+    near(y, [3.396798736465, 6.592530385086, 9.788262033707, 12.983993682327])
+    dx, dgamma, dbeta, _ = batch_norm_backward(dy, cache)
+    near(dx, [1.597865824310, 3.195731648621, -1.597865824310, 0.798932912155])
+    near(dgamma, 5.392797157047)
+    near(dbeta, 2.5)
 
 
 # --------------------------------------------------------------------------- evaluation
+
+
+def running_of(backend, rng, channels, dtype):
+    """Running statistics of the device, and what they are, on the host."""
+    running = RunningStats(channels, dtype=arithmetic(dtype), xp=backend.xp)
+    mean, var = rng.normal(2, 1, channels).astype(arithmetic(dtype)), rng.uniform(0.5, 9, channels)
+    running.load_state_dict({"mean": mean, "var": var.astype(mean.dtype), "count": 5.0, "updates": 1})
+    return running, mean, var.astype(mean.dtype)
 
 
 @pytest.mark.parametrize("relu", [False, True], ids=["", "relu"])
@@ -214,64 +234,60 @@ def test_evaluation(backend, rng, dtype, layout, relu):
     x, dy, r = (place(rng.normal(2, 3, memory), dtype, axes=axes) for _ in range(3))
     c, small = x.shape[axis], arithmetic(dtype)
     gamma, beta = rng.normal(size=(2, c)).astype(small)
-    running = RunningStats(c, dtype=small)
-    running.mean[:], running.var[:] = rng.normal(2, 1, c), rng.uniform(0.5, 9, c)
-    before = running.mean.copy(), running.var.copy(), running.count
+    running, mean, var = running_of(backend, rng, c, dtype)
+    kx, kdy, kgamma, kbeta, kr = map(backend.array, (x, dy, gamma, beta, r))
     options = {"axis": axis, "running": running, "training": False, "activation": "relu" if relu else None}
 
-    y, cache = batch_norm(x, gamma, beta, residual=r, **options)
-    want, mean, var = reference.batch_norm(
-        x, gamma, beta, axis=axis, mean=running.mean, var=running.var, relu=relu, residual=r
-    )
+    y, cache = batch_norm(kx, kgamma, kbeta, residual=kr, **options)
+    want, _, _ = reference.batch_norm(x, gamma, beta, axis=axis, mean=mean, var=var, relu=relu, residual=r)
+    y = backend.numpy(y)
     assert_close(y, want, dtype)
-    dx = output_like(x)
-    grads = batch_norm_backward(dy, cache, out=dx)
+    dx = backend.array(output_like(x))
+    grads = batch_norm_backward(kdy, cache, out=dx)
     wants = reference.batch_norm_backward(dy, x, gamma, axis=axis, mean=mean, var=var, y=y if relu else None)
     terms = np.sqrt(x.size)
     assert grads.dx is dx
     for grad, expected, scale, source in zip(grads, wants, (0, terms, terms, 0), (x, gamma, beta, r), strict=True):
-        assert_close(grad, expected, source.dtype, scale=scale)
-    assert same_bits(running.mean, before[0]) and same_bits(running.var, before[1])
-    assert running.count == before[2]
+        assert_close(backend.numpy(grad), expected, source.dtype, scale=scale)
+    assert same_bits(backend.numpy(running.mean), mean) and same_bits(backend.numpy(running.var), var)
+    assert (running.count, running.updates) == (5.0, 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_evaluation_does_not_depend_on_the_batch(rng, dtype):
+def test_evaluation_does_not_depend_on_the_batch(backend, rng, dtype):
     x = rng.normal(size=(33, 6, 5, 7)).astype(dtype)
-    running = RunningStats(6, dtype=arithmetic(dtype))
-    running.mean[:], running.var[:] = rng.normal(size=6), rng.uniform(1, 2, 6)
-    whole, _ = batch_norm(x, running=running, training=False)
+    running, _, _ = running_of(backend, rng, 6, dtype)
+    whole, _ = batch_norm(backend.array(x), running=running, training=False)
     for part in (slice(0, 1), slice(7, 20)):
-        y, _ = batch_norm(np.ascontiguousarray(x[part]), running=running, training=False)
-        assert same_bits(y, whole[part])
+        y, _ = batch_norm(backend.array(np.ascontiguousarray(x[part])), running=running, training=False)
+        assert same_bits(backend.numpy(y), backend.numpy(whole)[part])
 
 
 @pytest.mark.parametrize("dtype", [FLOAT64, FLOAT32], ids=str)
-def test_identity(rng, dtype):
+def test_identity(backend, rng, dtype):
     """gamma = sqrt(var + eps) and beta = mean give the input back."""
     x = rng.normal(3, 2, (50, 4, 9)).astype(dtype)
     moments = reference.moments(x)
     gamma = np.sqrt(moments.m2 / moments.count + 1e-5).astype(dtype)
-    y, _ = batch_norm(x, gamma, moments.mean.astype(dtype))
-    assert_close(y, x, dtype)
+    y, _ = batch_norm(*map(backend.array, (x, gamma, moments.mean.astype(dtype))))
+    assert_close(backend.numpy(y), x, dtype)
 
 
-def test_mixed_layouts(rng):
+def test_mixed_layouts(backend, rng):
     """x channels-last in memory, residual and dy in C order, out= in either."""
-    x = rng.normal(size=(4, 6, 5, 8)).astype(FLOAT32).transpose(0, 3, 1, 2)
-    r, dy = rng.normal(size=(2, *x.shape)).astype(FLOAT32)
-    want, cache = batch_norm(np.ascontiguousarray(x), residual=r, activation="relu")
+    last = rng.normal(size=(4, 6, 5, 8)).astype(FLOAT32)
+    x = backend.array(last).transpose(0, 3, 1, 2)
+    r, dy = map(backend.array, rng.normal(size=(2, *x.shape)).astype(FLOAT32))
+    plain = backend.array(np.ascontiguousarray(last.transpose(0, 3, 1, 2)))
+    want, cache = batch_norm(plain, residual=r, activation="relu")
     wants = batch_norm_backward(dy, cache)
-    for out, dx in [
-        (np.empty_like(x), np.empty_like(x)),
-        (np.empty(x.shape, FLOAT32), np.empty(x.shape, FLOAT32)),
-    ]:
+    for memory, axes in ((last.shape, (0, 3, 1, 2)), (x.shape, (0, 1, 2, 3))):
+        out, dx = (backend.xp.empty(memory, FLOAT32).transpose(axes) for _ in range(2))
         y, cache = batch_norm(x, residual=r, activation="relu", out=out)
         grads = batch_norm_backward(dy, cache, out=dx)
         assert y is out and grads.dx is dx
-        assert_close(y, want, FLOAT32)
-        assert_close(grads.dx, wants.dx, FLOAT32)
-        assert_close(grads.dresidual, wants.dresidual, FLOAT32)
+        for got, expected in ((y, want), (grads.dx, wants.dx), (grads.dresidual, wants.dresidual)):
+            assert_close(backend.numpy(got), backend.numpy(expected), FLOAT32)
 
 
 @pytest.mark.parametrize("axis", [0, 2, np.int64(1)], ids=repr)
@@ -285,32 +301,30 @@ def test_any_axis_may_hold_the_channels(backend, rng, axis):
 
 @pytest.mark.parametrize(("training", "weights"), [(True, None), (True, "sample"), (True, "position"), (False, None)])
 @pytest.mark.parametrize("axis", [1, -1])
-def test_gradients_are_central_differences(rng, axis, training, weights):
-    x, r, dy = rng.normal(size=(3, 3, 4, 2, 4))
-    gamma, beta = rng.normal(size=(2, 4))
-    running = RunningStats(4, dtype="float64")
-    options = {"axis": axis, "activation": "relu", "residual": r, "training": training}
+def test_gradients_are_central_differences(backend, rng, axis, training, weights):
+    x, r, dy = rng.normal(size=(3, 3, 4, 2, 4) if backend.xp is np else (3, 3, 2, 2))
+    channels = x.shape[axis]
+    gamma, beta = rng.normal(size=(2, channels))
+    options = {"axis": axis, "activation": "relu", "training": training}
     if weights:
-        options["weights"] = {
-            "sample": np.array([1.0, 0, 2]),
-            "position": rng.random(np.delete(x.shape, axis)),
-        }[weights]
+        by_sample, by_position = np.array([1.0, 0, 2]), rng.random(np.delete(x.shape, axis))
+        options["weights"] = backend.array(by_sample if weights == "sample" else by_position)
     if not training:
-        options["running"] = running
+        options["running"] = RunningStats(channels, dtype="float64", xp=backend.xp)
 
-    def loss():
-        return float((batch_norm(x, gamma, beta, **options)[0] * dy).sum())
+    def forward():
+        return batch_norm(*map(backend.array, (x, gamma, beta)), residual=backend.array(r), **options)
 
-    _, cache = batch_norm(x, gamma, beta, **options)
-    for array, grad in zip((x, gamma, beta, r), batch_norm_backward(dy, cache), strict=True):
+    _, cache = forward()
+    for array, grad in zip((x, gamma, beta, r), batch_norm_backward(backend.array(dy), cache), strict=True):
         difference = np.empty_like(array)
         for i in np.ndindex(array.shape):
             kept, ends = array[i], []
             for h in (1e-6, -1e-6):
                 array[i] = kept + h
-                ends.append(loss())
+                ends.append(float((backend.numpy(forward()[0]) * dy).sum()))
             difference[i], array[i] = (ends[0] - ends[1]) / 2e-6, kept
-        np.testing.assert_allclose(grad, difference, atol=1e-7)
+        np.testing.assert_allclose(backend.numpy(grad), difference, atol=1e-7)
 
 
 @pytest.mark.parametrize("axis", [1, -1])

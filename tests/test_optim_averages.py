@@ -16,6 +16,7 @@ from kilter.optim import (
     clip_grad_value,
     hutchinson,
 )
+from optimizers import fewer, on, read
 from support import (
     BFLOAT16,
     DTYPES,
@@ -55,6 +56,13 @@ def shape_of(tree):
     return [shape_of(v) for v in tree] if isinstance(tree, list | tuple) else tree.shape
 
 
+def placed(backend, tree):
+    """The structure with its options, as tuples and lists as they are, on a backend."""
+    if isinstance(tree, dict):
+        return {k: v if k == "lr" else placed(backend, v) for k, v in tree.items()}
+    return type(tree)(placed(backend, v) for v in tree) if isinstance(tree, list | tuple) else backend.array(tree)
+
+
 def without_options(tree):
     if isinstance(tree, list | tuple):
         return [one["params"] if isinstance(one, dict) and "params" in one else one for one in tree]
@@ -64,12 +72,14 @@ def without_options(tree):
 def doubled(tree):
     if isinstance(tree, dict):
         return {k: doubled(v) for k, v in tree.items()}
-    return [doubled(v) for v in tree] if isinstance(tree, list | tuple) else np.asarray(2 * tree)
+    if isinstance(tree, list | tuple):
+        return [doubled(v) for v in tree]
+    return np.asarray(2 * tree) if type(tree) is np.ndarray else 2 * tree
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_structure_of_an_optimizer_is_taken(form):
-    tree = FORMS[form]
+def test_every_structure_of_an_optimizer_is_taken(backend, form):
+    tree = placed(backend, FORMS[form])
     bare = without_options(tree)
     acc = GradAccumulator(tree)
     acc.add(doubled(bare))
@@ -84,9 +94,9 @@ def test_every_structure_of_an_optimizer_is_taken(form):
 
 
 @pytest.mark.parametrize("form", ["list", "tuple", "dict", "groups"])
-def test_an_optimizer_takes_what_finish_returns(form):
+def test_an_optimizer_takes_what_finish_returns(backend, form):
     groups = form == "groups"
-    params = FORMS[form]
+    params = placed(backend, FORMS[form])
     params = [{**one, "params": doubled(one["params"])} for one in params] if groups else doubled(params)
     acc = GradAccumulator(params)
     acc.add(without_options(params))
@@ -145,18 +155,18 @@ def test_what_is_no_structure_is_refused_by_name(argument, entry, tree):
 # --------------------------------------------------------------------------- accumulation
 
 
-def test_v16_a_partial_window_divides_by_its_true_weight():
-    acc = GradAccumulator([np.zeros(1)])
-    acc.add([np.array([2.0])], weight=3)  # the mean of 1, 2, 3
-    acc.add([np.array([10.0])], weight=1)
-    np.testing.assert_allclose(acc.finish()[0], 4.0, rtol=1e-15)
-    acc.add([np.array([6.0])], weight=2)  # a window that ends early
+def test_v16_a_partial_window_divides_by_its_true_weight(backend):
+    acc = GradAccumulator([backend.array(np.zeros(1))])
+    acc.add([backend.array(np.array([2.0]))], weight=3)  # the mean of 1, 2, 3
+    acc.add([backend.array(np.array([10.0]))], weight=1)
+    np.testing.assert_allclose(backend.numpy(acc.finish()[0]), 4.0, rtol=1e-15)
+    acc.add([backend.array(np.array([6.0]))], weight=2)  # a window that ends early
     assert acc.finish()[0] == 6.0
 
 
 @dtypes
 @pytest.mark.parametrize("sizes", [(8, 8, 8, 8), (5, 16, 1, 10), (32,), (1,) * 32])
-def test_micro_batches_are_one_batch(rng, dtype, sizes):
+def test_micro_batches_are_one_batch(backend, rng, dtype, sizes):
     """Least squares: the gradient of the mean loss over all rows, whatever the cuts."""
     x, y, w = rng.normal(size=(32, 6)), rng.normal(size=(32, 2)), rng.normal(size=(6, 2))
 
@@ -166,10 +176,10 @@ def test_micro_batches_are_one_batch(rng, dtype, sizes):
 
     cuts = np.split(np.arange(32), np.cumsum(sizes)[:-1])
     parts = [grads(rows) for rows in cuts]
-    acc = GradAccumulator({"w": w.astype(dtype), "b": np.zeros(2, dtype)})
+    acc = GradAccumulator(on(backend, {"w": w.astype(dtype), "b": np.zeros(2, dtype)}))
     for rows, part in zip(cuts, parts, strict=True):
-        acc.add(part, weight=len(rows))
-    mean = acc.finish()
+        acc.add(on(backend, part), weight=len(rows))
+    mean = read(backend, acc.finish())
     for name in mean:
         exact = sum(n * part[name].astype(np.float64) for n, part in zip(sizes, parts, strict=True)) / 32
         assert mean[name].dtype == arithmetic(dtype)
@@ -179,24 +189,25 @@ def test_micro_batches_are_one_batch(rng, dtype, sizes):
 
 
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=str)
-def test_sums_of_16_bit_gradients_lose_nothing(dtype):
+def test_sums_of_16_bit_gradients_lose_nothing(backend, dtype):
     """4,096 gradients of which 16-bit sums would keep a fraction; and 4 whose sum leaves float16's range."""
-    acc = GradAccumulator([np.zeros(2, dtype)])
-    for _ in range(4096):
-        acc.add([np.array([1 / 64, 1.0], dtype)])
-    np.testing.assert_allclose(acc.finish()[0], [1 / 64, 1.0], rtol=1e-6)
+    acc = GradAccumulator([backend.array(np.zeros(2, dtype))])
+    small, large = on(backend, [np.array([1 / 64, 1.0], dtype), np.full(2, 60000).astype(dtype)])
+    for _ in range(fewer(backend, 4096, 300)):
+        acc.add([small])
+    np.testing.assert_allclose(backend.numpy(acc.finish()[0]), [1 / 64, 1.0], rtol=1e-6)
     for _ in range(4):
-        acc.add([np.full(2, 60000).astype(dtype)], weight=1000)
+        acc.add([large], weight=1000)
     assert (acc.finish()[0] == float(np.array(60000).astype(dtype))).all()
 
 
-def test_accumulation_with_a_scaler_and_an_optimizer(rng):
+def test_accumulation_with_a_scaler_and_an_optimizer(backend):
     """16-bit parameters take the float32 mean; a non-finite micro-batch skips the whole step."""
-    p, scaler = np.ones(4, FLOAT16), LossScaler(init=1024.0)
+    p, scaler = backend.array(np.ones(4, FLOAT16)), LossScaler(init=1024.0)
     opt, acc = SGD([p], 0.5), GradAccumulator([p])
     for parts in ([1, 3], [2, np.inf], [np.nan, 1, 1], [np.inf, -np.inf], [4]):
         for part in parts:
-            acc.add([np.full(4, 1024 * part if part < 10 else part).astype(FLOAT16)])
+            acc.add([backend.array(np.full(4, 1024 * part if part < 10 else part).astype(FLOAT16))])
         opt.step(acc.finish(), scaler=scaler)
         scaler.scale = 1024.0
     assert (opt.calls, opt.applied) == (5, 2)
@@ -224,13 +235,13 @@ def test_the_arrays_of_finish_stay_the_same():
     assert seen[0] is seen[1]
 
 
-def test_any_layout_is_taken(rng):
+def test_any_layout_is_taken(backend, rng):
     x = rng.normal(size=(4, 6))
     for view in (x.T, x[::2, ::-1].copy(order="F"), np.broadcast_to(x[0], (3, 6)), x.astype(">f8")):
-        acc = GradAccumulator([np.zeros(view.shape)])
-        acc.add([view])
-        acc.add([view])
-        np.testing.assert_allclose(acc.finish()[0], view, rtol=1e-15)
+        acc, g = GradAccumulator([backend.array(np.zeros(view.shape))]), backend.array(view)
+        acc.add([g])
+        acc.add([g])
+        np.testing.assert_allclose(backend.numpy(acc.finish()[0]), view, rtol=1e-15)
 
 
 @pytest.mark.parametrize(
@@ -252,13 +263,14 @@ def test_accumulated_gradients_are_checked(match, grads, weight):
     assert all((g == 1).all() for g in acc.finish().values())
 
 
-def test_the_sums_themselves_are_no_gradients():
-    acc = GradAccumulator([np.zeros(3), np.zeros(2)])
-    acc.add([np.ones(3), np.ones(2)])
+def test_the_sums_themselves_are_no_gradients(backend):
+    first, second = on(backend, [np.ones(3), np.ones(2)])
+    acc = GradAccumulator([first, second])
+    acc.add([first, second])
     mean = acc.finish()
-    acc.add([np.full(3, 2.0), np.ones(2)])
+    acc.add([first, second])
     with refused(r"grads\[0\]: expected memory of its own", mean):
-        acc.add([mean[0][::-1], np.ones(2)])
+        acc.add([mean[0][::-1], second])
 
 
 def test_a_scaler_that_should_have_grown_is_refused():
@@ -275,18 +287,19 @@ def test_a_scaler_that_should_have_grown_is_refused():
 
 @dtypes
 @pytest.mark.parametrize("warmup", [False, True])
-def test_weight_ema_follows_its_formula(rng, dtype, warmup):
-    ps = {"w": rng.normal(size=(5, 3)).astype(dtype), "b": rng.normal(size=40).astype(dtype)}
+def test_weight_ema_follows_its_formula(backend, rng, dtype, warmup):
+    start = {"w": rng.normal(size=(5, 3)).astype(dtype), "b": rng.normal(size=40).astype(dtype)}
+    ps, updates = on(backend, start), fewer(backend, 100, 15)
     ema = WeightEMA(ps, 0.9, warmup)
-    want = {name: p.astype(np.float64) for name, p in ps.items()}
-    for n in range(100):
+    want = {name: p.astype(np.float64) for name, p in start.items()}
+    for n in range(updates):
         decay = min(0.9, (1 + n) / (10 + n)) if warmup else 0.9
         for name, p in ps.items():
-            p += rng.normal(size=p.shape).astype(dtype)
-            want[name] = reference.ema(want[name], p.astype(np.float64), 1 - decay)
+            p += backend.array(rng.normal(size=p.shape).astype(dtype))
+            want[name] = reference.ema(want[name], backend.numpy(p).astype(np.float64), 1 - decay)
         ema.update()
     state = ema.state_dict()
-    assert state["updates"] == 100
+    assert state["updates"] == updates
     for name in ps:
         average = state[f"average.{name}"]
         assert average.dtype == arithmetic(dtype)
@@ -310,22 +323,22 @@ def test_warmup_forgets_the_first_weights():
 
 
 @dtypes
-def test_swap_exchanges_in_place_and_back(rng, dtype):
-    ps = [rng.normal(size=n).astype(dtype) for n in (5, 1, 300)]
-    views = [p[:] for p in ps]
+def test_swap_exchanges_in_place_and_back(backend, rng, dtype):
+    ps = on(backend, [rng.normal(size=n).astype(dtype) for n in (5, 1, 300)])
     ema = WeightEMA(ps, 0.75)
     for _ in range(5):
         for p in ps:
-            p += rng.normal(size=p.shape).astype(dtype)
+            p += backend.array(rng.normal(size=p.shape).astype(dtype))
         ema.update()
-    weights, averages = [p.copy() for p in ps], [a for k, a in copied(ema.state_dict()).items() if k != "updates"]
+    weights = [p.copy() for p in read(backend, ps)]
+    averages = [a for k, a in copied(ema.state_dict()).items() if k != "updates"]
     for _ in range(3):
         assert not ema.swapped
         ema.swap()
         assert ema.swapped
-        assert all(same_bits(v, a.astype(dtype)) for v, a in zip(views, averages, strict=True))
+        assert all(same_bits(p, a.astype(dtype)) for p, a in zip(read(backend, ps), averages, strict=True))
         ema.swap()
-        assert all(same_bits(v, w) for v, w in zip(views, weights, strict=True))
+        assert all(same_bits(p, w) for p, w in zip(read(backend, ps), weights, strict=True))
     assert plain(ema.state_dict()) == plain({"updates": 5, **{f"average.{i}": a for i, a in enumerate(averages)}})
 
 
@@ -360,8 +373,8 @@ def test_averaging_damps_noise(rng):
     assert ema.state_dict()["average.0"].std() == pytest.approx(math.sqrt(0.1 / 1.9), rel=0.03)
 
 
-def test_a_resumed_average_goes_on(rng):
-    grads = rng.normal(size=(20, 6))
+def test_a_resumed_average_goes_on(backend, rng):
+    grads = on(backend, list(rng.normal(size=(20, 6))))
 
     def walk(p, ema, part):
         for g in part:
@@ -369,7 +382,7 @@ def test_a_resumed_average_goes_on(rng):
             ema.update()
         return ema
 
-    p, q = np.zeros(6), np.zeros(6)
+    p, q = on(backend, [np.zeros(6), np.zeros(6)])
     whole = walk(p, WeightEMA({"w": p}, 0.9, True), grads)
     saved = copied(walk(q, WeightEMA({"w": q}, 0.9, True), grads[:10]).state_dict())
     second = WeightEMA({"w": q}, 0.9, True)

@@ -5,7 +5,7 @@ import pytest
 
 from kilter import KilterError
 from kilter.optim import SGD, Adadelta, Adagrad, Adam, AdamW, Lion, NAdam, RMSprop
-from optimizers import KINDS, RULES, kinds, rules
+from optimizers import KINDS, RULES, kinds, on, read, rules
 from support import BFLOAT16, FLOAT32, FLOAT64, copied, plain, refused, same_bits
 
 NAN = float("nan")
@@ -150,14 +150,15 @@ def test_options_whose_state_is_missing_are_refused(kind, options, name, value):
 
 
 @pytest.mark.parametrize(("kind", "options"), [(SGD, {}), (RMSprop, {}), (RMSprop, {"window": 3})])
-def test_a_momentum_may_be_set_to_zero(kind, options):
-    p, plainly = np.ones(3), np.ones(3)
+def test_a_momentum_may_be_set_to_zero(backend, kind, options):
+    p, plainly = on(backend, [np.ones(3), np.ones(3)])
     opt, other = kind([p], 0.1, momentum=0.9, **options), kind([plainly], 0.1, **options)
     opt.groups[0]["momentum"] = 0.0
     for g in (0.5, -1.0, 2.0):
-        opt.step([np.full(3, g)])
-        other.step([np.full(3, g)])
-    assert same_bits(p, plainly)
+        g = backend.array(np.full(3, g))
+        opt.step([g])
+        other.step([g])
+    assert same_bits(*read(backend, [p, plainly]))
 
 
 def test_nesterov_with_a_momentum_that_starts_at_zero():
@@ -177,10 +178,10 @@ def test_options_may_be_edited_into_sense():
 
 
 @pytest.mark.parametrize("kind", [RMSprop, Adadelta])
-def test_windows_of_parameters_that_join_freeze_and_thaw(rng, kind):
+def test_windows_of_parameters_that_join_freeze_and_thaw(backend, rng, kind):
     """Each parameter's window has its own age, whatever the others do."""
     start, grads = rng.normal(size=(3, 5)), rng.normal(size=(12, 3, 5))
-    together, alone = start.copy(), start.copy()
+    together, alone = on(backend, list(start)), on(backend, list(start))
     opt = kind({"a": together[0], "b": together[1]}, 0.1, window=4)
     single = [kind({"x": p}, 0.1, window=4) for p in alone]
     for call, g in enumerate(grads):
@@ -190,38 +191,47 @@ def test_windows_of_parameters_that_join_freeze_and_thaw(rng, kind):
             opt.add_params({"c": together[2]})
         if call == 7:
             opt.thaw("a")
-        on = [not 2 <= call < 7, True, call >= 3]
-        opt.step({name: g[i] for i, name in enumerate("abc") if on[i]})
+        active = [not 2 <= call < 7, True, call >= 3]
+        opt.step({name: backend.array(g[i]) for i, name in enumerate("abc") if active[i]})
         for i in range(3):
-            if on[i]:
-                single[i].step({"x": g[i]})
-    assert same_bits(together, alone)
+            if active[i]:
+                single[i].step({"x": backend.array(g[i])})
+    assert all(map(same_bits, read(backend, together), read(backend, alone)))
 
 
-def test_a_window_keeps_its_last_squares(rng):
+def test_a_window_keeps_its_last_squares(backend, rng):
     grads = rng.normal(size=(6, 2, 3))
-    opt = RMSprop({"w": np.zeros((2, 3)), "b": np.zeros(())}, window=4)
+    opt = RMSprop(on(backend, {"w": np.zeros((2, 3)), "b": np.zeros(())}), window=4)
     for g in grads:
-        opt.step({"w": g, "b": np.array(g[0, 0])})
+        opt.step(on(backend, {"w": g, "b": np.array(g[0, 0])}))
     squares = opt.state_dict()["state.w.squares"]
     assert squares.shape == (3, 2, 3) and opt.state_dict()["state.b.squares"].shape == (3,)
     np.testing.assert_allclose(np.sort(squares, 0), np.sort(grads[-3:] ** 2, 0))
 
 
 @rules
-def test_empty_parameters(rule):
+def test_empty_parameters(backend, rule):
     kind, options, _ = RULES[rule]
-    opt = kind([np.empty(0), np.ones(3), np.empty((2, 0))], **options)
+    ps = [np.empty(0), np.ones(3), np.empty((2, 0))]
+    opt = kind(on(backend, ps), **options)
     for _ in range(3):
-        opt.step([np.empty(0), np.ones(3), np.empty((2, 0))])
+        opt.step(on(backend, ps))
     assert opt.applied == 3
 
 
+def test_no_active_parameters(backend):
+    p = backend.array(np.ones(3))
+    opt = Adam({"w": p}, skip_nonfinite=True, clip_norm=1.0)
+    opt.freeze("w")
+    report = opt.step({})
+    assert (*report,) == (1, 1, 0.0, False) and (p == 1).all()
+
+
 @pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=str)
-def test_lagged_state_starts_where_it_is_told(dtype):
-    p = np.zeros(4, dtype)
+def test_lagged_state_starts_where_it_is_told(backend, dtype):
+    p = backend.array(np.zeros(4, dtype))
     opt = Adagrad([p], 1.0, initial_accumulator_value=4.0, lagged=True, eps=0.0)
-    opt.step([np.full(4, 3, dtype)])
+    opt.step([backend.array(np.full(4, 3, dtype))])
     assert (p == -1.5).all() and (opt.state_dict()["state.0.sum"] == 13).all()
 
 

@@ -5,8 +5,8 @@ import pytest
 
 import reference_optim as reference
 from kilter.optim import SGD, DiagonalNewton, LossScaler
-from optimizers import mapped
-from support import BFLOAT16, DTYPES, FLOAT32, FLOAT64, copied, plain, refused, relative_error, same_bits
+from optimizers import mapped, on, read
+from support import BFLOAT16, DTYPES, FLOAT32, FLOAT64, plain, refused, relative_error, same_bits
 
 H = np.array([1e4, 1.0])
 
@@ -30,15 +30,16 @@ def test_steps_go_downhill_where_the_curvature_is_negative():
 
 @pytest.mark.parametrize("missing", [(), (1, 2, 5)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_against_the_reference(rng, dtype, missing):
+def test_against_the_reference(backend, rng, dtype, missing):
     start, grads, curvatures = (rng.normal(size=shape).astype(dtype) for shape in (99, (20, 99), (20, 99)))
     given = [None if step in missing else c for step, c in enumerate(curvatures)]
     options = {"damping": 0.1, "beta": 0.9, "clip": 0.5}
     want = reference.newton(start, list(grads), 0.05, curvatures=given, **options)[-1]
-    p = start.copy()
+    p = backend.array(start.copy())
     opt = DiagonalNewton({"w": p}, 0.05, **options)
     for g, c in zip(grads, given, strict=True):
-        opt.step({"w": g}, None if c is None else {"w": c})
+        opt.step({"w": backend.array(g)}, None if c is None else {"w": backend.array(c)})
+    p = backend.numpy(p)
     master = p if dtype in (FLOAT64, FLOAT32) else opt.state_dict()["state.w.master"]
     assert relative_error(master, want) < (1e-13 if dtype == FLOAT64 else 1e-5)
     assert same_bits(p, master.astype(dtype))
@@ -51,26 +52,27 @@ def test_a_float32_curvature_of_16_bit_parameters(rng):
     np.testing.assert_array_equal(opt.state_dict()["state.0.curvature"], np.abs(c) * np.float32(0.5))
 
 
-def test_structures(rng):
-    a, b, c = rng.normal(size=(3, 4))
+def test_structures(backend, rng):
+    values = dict(zip("abc", rng.normal(size=(3, 4)), strict=True))
+    a, b, c = on(backend, values).values()
     start = [{"params": {"a": a}}, {"params": [b], "beta": 0.5}, {"params": [c], "clip": 1e-3}]
-    opt = DiagonalNewton(start)
-    before = copied({"a": a, "b": b, "c": c})
-    opt.step([[np.ones(4)]] * 3, [[np.full(4, 2.0)], [np.full(4, 4.0)], [np.full(4, 5.0)]])
-    np.testing.assert_allclose(before["a"] - a, 1 / (2 + 1e-4))
-    np.testing.assert_allclose(before["b"] - b, 1 / (4 + 1e-4))
-    np.testing.assert_allclose(before["c"] - c, 1e-3)
+    curvature = on(backend, [[np.full(4, 2.0)], [np.full(4, 4.0)], [np.full(4, 5.0)]])
+    DiagonalNewton(start).step([[backend.array(np.ones(4))]] * 3, curvature)
+    np.testing.assert_allclose(values["a"] - backend.numpy(a), 1 / (2 + 1e-4))
+    np.testing.assert_allclose(values["b"] - backend.numpy(b), 1 / (4 + 1e-4))
+    np.testing.assert_allclose(values["c"] - backend.numpy(c), 1e-3)
 
 
-def test_the_first_step_needs_a_curvature():
-    p, late = np.ones(3), np.ones(3)
-    opt = DiagonalNewton({"w": p})
-    with refused(r"curvature.*\bw\b", p, opt):
-        opt.step({"w": np.ones(3)})
-    assert opt.calls == 0
-    opt.step({"w": np.ones(3)}, {"w": np.ones(3)})
+def test_the_first_step_needs_a_curvature(backend):
+    p, late, g, bad = on(backend, [np.ones(3), np.ones(3), np.ones(3), np.full(3, np.nan)])
+    opt = DiagonalNewton({"w": p}, skip_nonfinite=True)
+    for calls in (0, 1):
+        with refused(r"curvature.*\bw\b", p, opt):
+            opt.step({"w": g})
+        assert opt.calls == calls
+        opt.step({"w": bad if calls == 0 else g}, {"w": g})  # a skipped step takes none over
     opt.add_params({"late": late})
-    both = {"w": np.ones(3), "late": np.ones(3)}
+    both = {"w": g, "late": g}
     with refused(r"curvature.*\blate\b", p, late, opt):
         opt.step(both)
     opt.step(both, both)
@@ -79,32 +81,34 @@ def test_the_first_step_needs_a_curvature():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("where", ["gradient", "curvature"])
-def test_a_skipped_step_takes_no_curvature_over(where, bad):
-    p, scaler = np.ones(3), LossScaler()
+def test_a_skipped_step_takes_no_curvature_over(backend, where, bad):
+    p, one, scaler = backend.array(np.ones(3)), backend.array(np.ones(3)), LossScaler()
     opt = DiagonalNewton([p])
-    opt.step([np.ones(3)], [np.ones(3)], scaler=scaler)
+    opt.step([one], [one], scaler=scaler)
     kept, state = p.copy(), plain(opt.state_dict())
     ruined = {"gradient": np.ones(3), "curvature": np.ones(3)}
     ruined[where][1] = bad
+    ruined = on(backend, ruined)
     report = opt.step([ruined["gradient"]], [ruined["curvature"]], scaler=scaler)
-    assert report.skipped and same_bits(p, kept) and scaler.scale == 32768
+    assert report.skipped and same_bits(*read(backend, [p, kept])) and scaler.scale == 32768
     assert {**plain(opt.state_dict()), "calls": 1} == state
 
 
-def test_the_norm_is_that_of_the_gradients(rng):
+def test_the_norm_is_that_of_the_gradients(backend, rng):
     g = rng.normal(size=100)
-    report = DiagonalNewton([np.zeros(100)], clip_norm=1.0).step([g], [g * 1e3])
+    opt = DiagonalNewton([backend.array(np.zeros(100))], clip_norm=1.0)
+    report = opt.step([backend.array(g)], [backend.array(g * 1e3)])
     np.testing.assert_allclose(report.grad_norm, np.linalg.norm(g))
 
 
-def test_the_curvature_is_neither_scaled_nor_clipped(rng):
+def test_the_curvature_is_neither_scaled_nor_clipped(backend, rng):
     g, c = rng.normal(size=(2, 30))
-    a, b = np.zeros(30), np.zeros(30)
+    a, b, c, scaled, clipped = on(backend, [np.zeros(30), np.zeros(30), c, g * 1024, -np.clip(g, -0.5, 0.5)])
     one = DiagonalNewton([a], clip_value=0.5, maximize=True)
     two = DiagonalNewton([b])
-    one.step([g * 1024], [c], scaler=LossScaler(init=1024.0))
-    two.step([-np.clip(g, -0.5, 0.5)], [c])
-    assert same_bits(a, b)
+    one.step([scaled], [c], scaler=LossScaler(init=1024.0))
+    two.step([clipped], [c])
+    assert same_bits(*read(backend, [a, b]))
 
 
 @pytest.mark.parametrize(
@@ -122,28 +126,30 @@ def test_the_curvature_is_neither_scaled_nor_clipped(rng):
     ],
     ids=["missing", "extra", "shape", "int", "float32", "list", "none", "structure", "number"],
 )
-def test_curvatures_are_checked(curvature):
-    ps = {"w": np.ones(3), "b": np.ones(2)}
+def test_curvatures_are_checked(backend, curvature):
+    ps = on(backend, {"w": np.ones(3), "b": np.ones(2)})
     opt = DiagonalNewton(ps)
-    good = mapped(np.ones_like, ps)
+    good = mapped(lambda p: p.copy(), ps)
     opt.step(good, good)
     with refused("curvature", ps, opt):
-        opt.step(good, curvature)
+        opt.step(good, mapped(lambda c: backend.array(c) if isinstance(c, np.ndarray) else c, curvature))
     assert opt.calls == 1
 
 
-def test_curvatures_in_any_layout(rng):
-    p, q, c = np.zeros((4, 6)), np.zeros((4, 6)), rng.normal(size=(4, 6))
-    DiagonalNewton([p]).step([np.ones((4, 6))], [np.asfortranarray(c)])
-    DiagonalNewton([q]).step([np.ones((4, 6))], [c])
-    assert same_bits(p, q)
+def test_curvatures_in_any_layout(backend, rng):
+    p, q, g = on(backend, [np.zeros((4, 6)), np.zeros((4, 6)), np.ones((4, 6))])
+    c = rng.normal(size=(4, 6))
+    DiagonalNewton([p]).step([g], [backend.array(np.asfortranarray(c))])
+    DiagonalNewton([q]).step([g], [backend.array(c)])
+    assert same_bits(*read(backend, [p, q]))
 
 
-def test_frozen_parameters_need_none():
-    ps = {"w": np.ones(3), "b": np.ones(3)}
+def test_frozen_parameters_need_none(backend):
+    ps = on(backend, {"w": np.ones(3), "b": np.ones(3)})
+    one = backend.array(np.ones(3))
     opt = DiagonalNewton(ps)
     opt.freeze("b")
-    opt.step({"w": np.ones(3)}, {"w": np.ones(3)})
+    opt.step({"w": one}, {"w": one})
     assert (ps["b"] == 1).all() and (ps["w"] != 1).all()
 
 

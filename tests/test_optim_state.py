@@ -6,7 +6,7 @@ import pytest
 import reference
 from kilter import KilterError
 from kilter.optim import SGD, Adam, AdamW, LossScaler, decay_groups
-from optimizers import KINDS, RULES, Newton, kinds, rules
+from optimizers import KINDS, RULES, Newton, fewer, kinds, mapped, on, read, rules
 from support import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, copied, plain, refused, same_bits
 
 # --------------------------------------------------------------------------- state
@@ -14,33 +14,37 @@ from support import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, copied, plain, refused,
 
 @pytest.mark.parametrize("dtype", [FLOAT64, FLOAT32, FLOAT16, BFLOAT16], ids=str)
 @rules
-def test_resume_is_the_uninterrupted_run(rng, rule, dtype):
+def test_resume_is_the_uninterrupted_run(backend, rng, rule, dtype):
+    """State travels as NumPy arrays."""
     kind, options, _ = RULES[rule]
     start, grads = rng.normal(size=(2, 30)).astype(dtype), rng.normal(size=(8, 2, 30)).astype(dtype)
 
     def make():
-        ps = {"w": start[0].copy(), "b": start[1].copy()}
+        ps = on(backend, {"w": start[0], "b": start[1]})
         return ps, kind(ps, lambda k: 0.1 / (k + 1), **options, skip_nonfinite=True)
 
     whole, opt = make()
     for step, (w, b) in enumerate(grads):
         if step == 4:
-            saved, middle = copied(opt.state_dict()), copied(whole)
-        opt.step({"w": w, "b": b if step != 1 else b * np.array(np.nan, dtype)})
+            saved, middle = copied(opt.state_dict()), copied(read(backend, whole))
+        opt.step(on(backend, {"w": w, "b": b if step != 1 else b * np.array(np.nan, dtype)}))
+    assert all(isinstance(value, np.ndarray | int | float | str) for value in saved.values())
     resumed, second = make()
     for name, p in resumed.items():
-        p[...] = middle[name]
+        p[...] = backend.array(middle[name])
     second.load_state_dict(saved)
     for w, b in grads[4:]:
-        second.step({"w": w, "b": b})
-    assert all(same_bits(resumed[name], whole[name]) for name in whole)
+        second.step(on(backend, {"w": w, "b": b}))
+    assert all(same_bits(backend.numpy(resumed[name]), backend.numpy(whole[name])) for name in whole)
     assert plain(second.state_dict()) == plain(opt.state_dict())
 
 
-def stepped(kind=Adam, names=("w", "b"), shape=(3,), dtype=FLOAT32, **options):
-    ps = {name: np.ones(shape, dtype) for name in names}
+def stepped(kind=Adam, names=("w", "b"), shape=(3,), dtype=FLOAT32, backend=None, **options):
+    ps, gs = ({name: np.ones(shape, dtype) for name in names} for _ in range(2))
+    if backend is not None:
+        ps, gs = on(backend, ps), on(backend, gs)
     opt = kind(ps, **options)
-    opt.step({name: np.ones(shape, dtype) for name in names})
+    opt.step(gs)
     return ps, opt
 
 
@@ -98,11 +102,11 @@ def test_foreign_state_is_refused(other):
 
 
 @rules
-def test_freeze_and_thaw(rng, rule):
+def test_freeze_and_thaw(backend, rng, rule):
     """A frozen parameter keeps its state, and its clock stands; schedules go on."""
     kind, options, ref = RULES[rule]
     start, grads = rng.normal(size=(2, 6)), rng.normal(size=(6, 2, 6))
-    ps = {"w": start[0].copy(), "b": start[1].copy()}
+    ps = on(backend, {"w": start[0], "b": start[1]})
     lr = [0.1, 0.09, 0.08, 0.07, 0.06, 0.05].__getitem__
     opt = kind(ps, lr, **options)
     for call, (w, b) in enumerate(grads):
@@ -110,30 +114,34 @@ def test_freeze_and_thaw(rng, rule):
             opt.freeze("b")
         if call == 4:
             opt.thaw("b")
-        opt.step({"w": w} if call == 3 else {"w": w, "b": b})  # a frozen one needs no gradient
+        opt.step(on(backend, {"w": w} if call == 3 else {"w": w, "b": b}))  # a frozen one needs no gradient
     skipped = [None if call in (2, 3) else g for call, g in enumerate(grads[:, 1])]
-    np.testing.assert_allclose(ps["w"], ref(start[0], list(grads[:, 0]), lr, **options)[-1], rtol=1e-12)
-    np.testing.assert_allclose(ps["b"], ref(start[1], skipped, lr, **options)[-1], rtol=1e-12)
+    got = read(backend, ps)
+    np.testing.assert_allclose(got["w"], ref(start[0], list(grads[:, 0]), lr, **options)[-1], rtol=1e-12)
+    np.testing.assert_allclose(got["b"], ref(start[1], skipped, lr, **options)[-1], rtol=1e-12)
     for change in (opt.freeze, opt.thaw):
         with refused("none such", ps, opt):
             change("none such")
 
 
 @rules
-def test_added_parameters_start_at_their_first_step(rng, rule):
+def test_added_parameters_start_at_their_first_step(backend, rng, rule):
     kind, options, ref = RULES[rule]
     start, grads = rng.normal(size=(2, 6)), rng.normal(size=(6, 2, 6))
-    old, new = (p.copy() for p in start)
+    old, new = on(backend, list(start))
     opt = kind({"old": old}, 0.1, **options)
     for call, (g, h) in enumerate(grads):
         if call == 2:
             opt.add_params({"params": {"new": new}, "lr": 0.05})
-        opt.step({"old": g} if call < 2 else {"old": g, "new": h})
-    np.testing.assert_allclose(old, ref(start[0], list(grads[:, 0]), 0.1, **options)[-1], rtol=1e-12)
-    np.testing.assert_allclose(new, ref(start[1], list(grads[2:, 1]), 0.05, **options)[-1], rtol=1e-12)
+        opt.step(on(backend, {"old": g} if call < 2 else {"old": g, "new": h}))
+    for got, want in (
+        (old, ref(start[0], list(grads[:, 0]), 0.1, **options)),
+        (new, ref(start[1], list(grads[2:, 1]), 0.05, **options)),
+    ):
+        np.testing.assert_allclose(backend.numpy(got), want[-1], rtol=1e-12)
     for bad in (
-        {"old": np.ones(3)},
-        {"more": np.ones(3, int)},
+        {"old": backend.array(np.ones(3))},
+        {"more": backend.array(np.ones(3, int))},
         {"same memory": new},
         {"params": {"x": new[:2]}},
         5,
@@ -163,11 +171,11 @@ def test_decay_groups(rng):
 # --------------------------------------------------------------------------- loss scaler
 
 
-def test_v18_scaler_defaults():
-    p, scaler = np.zeros(1, FLOAT32), LossScaler()
-    opt, g, bad = SGD([p]), np.ones(1, FLOAT32), np.full(1, np.inf, FLOAT32)
+def test_v18_scaler_defaults(backend):
+    p, g, bad = on(backend, [np.zeros(1, FLOAT32), np.ones(1, FLOAT32), np.full(1, np.inf, FLOAT32)])
+    opt, scaler = SGD([p]), LossScaler()
     assert float(scaler.scale) == 65536
-    pattern = [True] * 2001 + [False, False] + [True] * 5
+    pattern = [True] * fewer(backend, 2001, 3) + [False, False] + [True] * 5
     scales = []
     for ok in pattern:
         opt.step([g if ok else bad], scaler=scaler)
@@ -176,16 +184,16 @@ def test_v18_scaler_defaults():
     assert opt.calls == len(pattern)
 
 
-def test_scaler_state_machine(rng):
+def test_scaler_state_machine(backend, rng):
     pattern = (rng.random(200) < 0.8).tolist()
     settings = {"init": 8.0, "growth": 4.0, "backoff": 0.25, "interval": 3, "minimum": 0.5}
-    p, scaler, scales = np.zeros(2, FLOAT32), LossScaler(**settings), []
+    p, scaler, scales = backend.array(np.zeros(2, FLOAT32)), LossScaler(**settings), []
     opt = SGD([p], 0.5)
     for step, ok in enumerate(pattern):
         if step == 100:
             saved, scaler = copied(scaler.state_dict()), LossScaler(**settings)
             scaler.load_state_dict(saved)
-        report = opt.step([np.array([1, 1 if ok else np.nan], FLOAT32)], scaler=scaler)
+        report = opt.step([backend.array(np.array([1, 1 if ok else np.nan], FLOAT32))], scaler=scaler)
         assert report.skipped == (not ok)
         scales.append(float(scaler.scale))
     assert scales == reference.loss_scale(pattern, **settings)
@@ -194,29 +202,30 @@ def test_scaler_state_machine(rng):
 
 @pytest.mark.parametrize("dtype", [FLOAT64, FLOAT32, BFLOAT16], ids=str)
 @rules
-def test_scaled_gradients_give_the_same_step(rng, rule, dtype):
+def test_scaled_gradients_give_the_same_step(backend, rng, rule, dtype):
     """A power of two divides out exactly, before clipping and before the norm."""
     kind, options, _ = RULES[rule]
     start, grads = rng.normal(size=77).astype(dtype), rng.normal(size=(5, 77)).astype(dtype)
-    a, b = start.copy(), start.copy()
+    a, b = on(backend, [start, start])
     extra = {"clip_norm": 0.5, "track_norm": True}
     scaler = LossScaler(init=1024.0)
     plainly, scaled = kind([a], **options, **extra), kind([b], **options, **extra)
     for g in grads:
-        first = plainly.step([g])
-        second = scaled.step([g * np.array(1024, dtype)], scaler=scaler)
-        assert float(first.grad_norm) == float(second.grad_norm)
-    assert same_bits(a, b)
+        first = plainly.step([backend.array(g)])
+        second = scaled.step([backend.array(g * np.array(1024, dtype))], scaler=scaler)
+        assert first.grad_norm == second.grad_norm
+    assert same_bits(backend.numpy(a), backend.numpy(b))
 
 
-def test_skipped_by_the_scaler():
-    p, scaler = np.ones(3, FLOAT32), LossScaler()
+def test_skipped_by_the_scaler(backend):
+    p, scaler = backend.array(np.ones(3, FLOAT32)), LossScaler()
     opt = Adam([p])
-    opt.step([np.ones(3, FLOAT32)], scaler=scaler)
-    kept = p.copy()
-    report = opt.step([np.array([1, np.inf, 1], FLOAT32)], scaler=scaler)
-    assert (report.calls, report.applied, report.skipped) == (2, 1, True)
-    assert same_bits(p, kept) and float(scaler.scale) == 32768
+    opt.step([backend.array(np.ones(3, FLOAT32))], scaler=scaler)
+    kept = backend.numpy(p).copy()
+    report = opt.step([backend.array(np.array([1, np.inf, 1], FLOAT32))], scaler=scaler)
+    assert (*report,) == (2, 1, None, True) and report == (2, 1, None, True) and report[1] == 1
+    assert repr(report) == "StepReport(calls=2, applied=1, grad_norm=None, skipped=True)"
+    assert same_bits(backend.numpy(p), kept) and float(scaler.scale) == 32768
 
 
 @pytest.mark.parametrize(
@@ -262,9 +271,6 @@ def misaligned(n, dtype):
     return np.zeros(n * np.dtype(dtype).itemsize + 1, np.uint8)[1:].view(dtype)
 
 
-SHARED = np.ones(8)
-
-
 @pytest.mark.parametrize(
     "bad",
     [
@@ -300,11 +306,12 @@ def test_parameters_are_checked(bad):
             kind({"first": np.ones(2), "second": bad})
 
 
-def test_parameters_may_not_overlap():
-    for a, b in ((SHARED, SHARED), (SHARED[:5], SHARED[4:])):
+def test_parameters_may_not_overlap(backend):
+    shared = backend.array(np.ones(8))
+    for a, b in ((shared, shared), (shared[:5], shared[4:])):
         with refused("first|second"):
             SGD({"first": a, "second": b})
-    SGD([SHARED[:4], SHARED[4:]]).step([np.zeros(4), np.zeros(4)])
+    SGD([shared[:4], shared[4:]]).step(on(backend, [np.zeros(4), np.zeros(4)]))
 
 
 @pytest.mark.parametrize("params", [None, 5, "w", np.ones(3), [{"lr": 1.0}], [{"params": [np.ones(1)], "lrr": 1.0}]])
@@ -330,10 +337,10 @@ def test_params_must_be_a_list_a_dict_or_groups(params):
     ids=["missing", "extra", "shape", "ndim", "int", "complex", "list", "none", "structure", "nothing"],
 )
 @kinds
-def test_gradients_are_checked(kind, name, grads):
-    ps, opt = stepped(kind)
+def test_gradients_are_checked(backend, kind, name, grads):
+    ps, opt = stepped(kind, backend=backend)
     with refused(rf"\b{name}\b", ps, opt):
-        opt.step(grads)
+        opt.step(mapped(lambda g: backend.array(g) if isinstance(g, np.ndarray) else g, grads))
     assert opt.calls == 1
 
 
@@ -345,10 +352,10 @@ def test_number_of_gradients_in_a_list():
 
 
 @kinds
-def test_a_gradient_may_not_overlap_a_parameter(kind):
-    memory = np.ones(8)
-    opt = kind({"w": memory[:4], "b": np.ones(4)})
-    for w, b in ((memory[:4], np.ones(4)), (memory[2:6], np.ones(4)), (np.ones(4), memory[1:5])):
+def test_a_gradient_may_not_overlap_a_parameter(backend, kind):
+    memory, own, other = on(backend, [np.ones(8), np.ones(4), np.ones(4)])
+    opt = kind({"w": memory[:4], "b": own})
+    for w, b in ((memory[:4], other), (memory[2:6], other), (other, memory[1:5])):
         with refused(r"\bw\b|\bb\b", memory, opt):
             opt.step({"w": w, "b": b})
 

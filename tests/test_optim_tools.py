@@ -7,6 +7,7 @@ import pytest
 
 from kilter import nn
 from kilter.optim import Adam, clip_grad_norm, clip_grad_value, gauss_newton_bartlett, hutchinson
+from optimizers import on, read
 from support import DTYPES, FLOAT16, FLOAT32, FLOAT64, arithmetic, copied, refused, relative_error, same_bits, ulp
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -26,11 +27,12 @@ def some(rng, dtype, sizes=((3, 4), (7,), (), (0,))):
 
 @dtypes
 @pytest.mark.parametrize("limit", [1e-3, 1.0, 1e6, math.inf])
-def test_clip_grad_norm(rng, dtype, limit):
-    grads = some(rng, dtype)
+def test_clip_grad_norm(backend, rng, dtype, limit):
+    grads = on(backend, some(rng, dtype))
     grads[0] = grads[0].T  # a view is changed where it lies
-    before = wide(grads)
+    before = wide(read(backend, grads))
     norm = clip_grad_norm(grads, limit)
+    grads = read(backend, grads)
     np.testing.assert_allclose(norm, np.linalg.norm(before), rtol=1e-12)
     want = before * min(1.0, limit / (norm + 1e-6))
     if limit > norm:
@@ -42,58 +44,62 @@ def test_clip_grad_norm(rng, dtype, limit):
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [(FLOAT64, 1e-13), (FLOAT32, 1e-6)], ids=str)
-def test_clipping_before_the_step_is_clipping_in_the_step(rng, dtype, limit):
-    inside, outside = np.ones(50, dtype), np.ones(50, dtype)
+def test_clipping_before_the_step_is_clipping_in_the_step(backend, rng, dtype, limit):
+    inside, outside = on(backend, [np.ones(50, dtype), np.ones(50, dtype)])
     one, two = Adam([inside], clip_norm=0.5), Adam([outside])
     for g in rng.normal(size=(10, 50)).astype(dtype):
-        report = one.step([g])
-        own = [g.copy()]
+        report = one.step([backend.array(g)])
+        own = [backend.array(g.copy())]
         assert clip_grad_norm(own, 0.5) == report.grad_norm
         two.step(own)
-    assert relative_error(inside, outside) < limit
+    assert relative_error(*read(backend, [inside, outside])) < limit
 
 
 @dtypes
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_gradients_that_are_not_finite_are_not_scaled(dtype, bad):
-    grads = [np.full(5, 100, dtype), np.array([1, bad, 3], dtype)]
-    before = [g.copy() for g in grads]
+def test_gradients_that_are_not_finite_are_not_scaled(backend, dtype, bad):
+    before = [np.full(5, 100, dtype), np.array([1, bad, 3], dtype)]
+    grads = on(backend, before)
     norm = clip_grad_norm(grads, 1.0)
+    grads = read(backend, grads)
     assert math.isnan(norm) if math.isnan(bad) else norm == math.inf
     assert all(same_bits(g, b) for g, b in zip(grads, before, strict=True))
 
 
-def test_norms_beyond_the_range_of_squares():
-    for grads, norm in (
+def test_norms_beyond_the_range_of_squares(backend):
+    for values, norm in (
         ([np.full(4, 1e30, FLOAT32)], 2e30),
         ([np.array([3e200]), np.array([-4e200]), np.zeros(0)], 5e200),
         ([np.full(2, 1e308)], math.sqrt(2) * 1e308),
         ([np.full(2, 60000, FLOAT16)], math.sqrt(2) * 60000),
     ):
-        np.testing.assert_allclose(clip_grad_norm(grads, 1.0), norm, rtol=1e-2 if grads[0].dtype == FLOAT16 else 1e-6)
-        np.testing.assert_allclose(np.linalg.norm(wide(grads)), 1.0, rtol=1e-3)
+        grads = on(backend, values)
+        tolerance = 1e-2 if values[0].dtype == FLOAT16 else 1e-6
+        np.testing.assert_allclose(clip_grad_norm(grads, 1.0), norm, rtol=tolerance)
+        np.testing.assert_allclose(np.linalg.norm(wide(read(backend, grads))), 1.0, rtol=1e-3)
 
 
-def test_zero_and_no_gradients():
-    grads = [np.zeros(3, FLOAT16)]
+def test_zero_and_no_gradients(backend):
+    grads = [backend.array(np.zeros(3, FLOAT16))]
     assert clip_grad_norm(grads, 1e-8) == 0.0
     assert (grads[0] == 0).all()
-    assert clip_grad_norm([], 1.0) == clip_grad_norm([np.zeros((0, 3))], 1.0) == 0.0
+    assert clip_grad_norm([], 1.0) == clip_grad_norm([backend.array(np.zeros((0, 3)))], 1.0) == 0.0
 
 
 @dtypes
-def test_clip_grad_value(dtype):
-    values = np.array([-7, -0.25, -0.0, 0.25, 7, math.inf, -math.inf, math.nan])
-    grads = {"w": values.astype(dtype), "b": values.astype(dtype)[::-1].reshape(2, 4)}
+def test_clip_grad_value(backend, dtype):
+    values = np.array([-7, -0.25, -0.0, 0.25, 7, math.inf, -math.inf, math.nan]).astype(dtype)
+    grads = {"w": backend.array(values), "b": backend.array(values)[::-1].reshape(2, 4)}
     assert clip_grad_value(grads, 0.5) is None
+    grads = read(backend, grads)
     want = [-0.5, -0.25, 0, 0.25, 0.5, 0.5, -0.5, math.nan]
     np.testing.assert_array_equal(grads["w"].astype(FLOAT64), want)
     np.testing.assert_array_equal(grads["b"].astype(FLOAT64).ravel(), want[::-1])
 
 
 @dtypes
-def test_a_limit_beyond_the_dtype_limits_nothing(dtype):
-    grads = [np.array([-100, 3], dtype)]
+def test_a_limit_beyond_the_dtype_limits_nothing(backend, dtype):
+    grads = [backend.array(np.array([-100, 3], dtype))]
     clip_grad_value(grads, 1e300)
     assert grads[0].astype(float).tolist() == [-100, 3]
 
@@ -116,12 +122,13 @@ def test_what_clipping_refuses(clip):
 
 
 @dtypes
-def test_hutchinson_is_exact_on_a_diagonal(rng, dtype):
-    like = {"w": np.zeros((3, 4), dtype), "b": np.zeros(5, dtype)}
-    h = {name: (2.0 ** rng.integers(-3, 4, a.shape)).astype(dtype) for name, a in like.items()}
-    got = hutchinson(lambda v: {name: h[name] * v[name] for name in v}, like, seed=3)
+def test_hutchinson_is_exact_on_a_diagonal(backend, rng, dtype):
+    like = on(backend, {"w": np.zeros((3, 4), dtype), "b": np.zeros(5, dtype)})
+    values = {name: (2.0 ** rng.integers(-3, 4, a.shape)).astype(dtype) for name, a in like.items()}
+    h = on(backend, values)
+    got = read(backend, hutchinson(lambda v: {name: h[name] * v[name] for name in v}, like, seed=3))
     for name in h:
-        assert same_bits(got[name], h[name].astype(arithmetic(dtype)))
+        assert same_bits(got[name], values[name].astype(arithmetic(dtype)))
 
 
 def symmetric(rng, n):

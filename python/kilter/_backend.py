@@ -6,6 +6,7 @@ A backend is an array module `xp` and a table of operations `ops` that work on i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,13 @@ class Backend(NamedTuple):
 
 NUMPY = Backend(np, _kilter)
 _registered: dict[type, Backend] = {np.ndarray: NUMPY}
+
+
+def place(array: Any) -> int:
+    """Returns the address of an array's first element."""
+    if type(array) is np.ndarray:
+        return int(array.__array_interface__["data"][0])
+    return int(array.data.ptr if hasattr(array.data, "ptr") else array.__array_interface__["data"][0])
 
 
 def register(array_type: type, xp: Any, ops: Any) -> None:
@@ -49,7 +57,32 @@ def backend_of(*arrays: Any, names: Sequence[str] = ()) -> Backend:
                 f"arrays: expected all from one library, got {found.xp.__name__} and {backend.xp.__name__}"
             )
         found = backend
-    return found or NUMPY
+    if found is None or found is NUMPY:
+        return NUMPY
+    _check_devices(arrays)
+    return found
+
+
+def _check_devices(arrays: Sequence[Any]) -> None:
+    devices = [array.device for array in arrays if array is not None]
+    if any(device != devices[0] for device in devices):
+        raise KilterError(f"arrays: expected all on one device, got {', '.join(map(str, devices))}")
+
+
+def _connect_cupy(name: str) -> Backend:
+    """Makes CuPy's arrays known when the first one comes; `import kilter` neither needs nor loads CuPy."""
+    from kilter.cuda.ops import table
+    from kilter.cuda.runtime import CupyRuntime
+
+    try:
+        runtime = CupyRuntime()
+    except ImportError:
+        raise KilterError(
+            f"{name}: expected a NumPy array, got cupy.ndarray; pip install 'kilter[cuda13]' or 'kilter[cuda12]' "
+            "brings what its kernels need, cupy.asnumpy(a) copies it to the host"
+        ) from None
+    register(runtime.xp.ndarray, runtime.xp, table(runtime))
+    return _registered[runtime.xp.ndarray]
 
 
 def _look_up(array: Any, name: str) -> Backend:
@@ -57,12 +90,45 @@ def _look_up(array: Any, name: str) -> Backend:
         if array_type in _registered:
             return _registered[array_type]
     kind = type(array)
+    if kind.__module__.split(".")[0] == "cupy" and kind.__name__ == "ndarray":
+        return _connect_cupy(name)
     got = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
     hint = ""
     if kind.__module__.split(".")[0] == "torch":
         hint = "; np.asarray(t.detach()) shares the memory of a CPU tensor"
-    elif kind.__module__.split(".")[0] == "cupy":
-        hint = "; this version of kilter has no operations for it, cupy.asnumpy(a) copies it to the host"
     elif isinstance(array, (list, tuple, int, float)):
         hint = "; np.asarray(a) converts it"
     raise KilterError(f"{name}: expected a NumPy array, got {got}{hint}")
+
+
+def backend_named(device: str) -> Backend:
+    """Returns the backend of a device, "cpu" or "cuda".
+
+    Raises:
+        KilterError: there is no such device, or what it needs is missing.
+    """
+    if device == "cpu":
+        return NUMPY
+    if device != "cuda":
+        raise KilterError(f"device: expected 'cpu' or 'cuda', got {device!r}")
+    try:
+        import cupy
+    except ImportError:
+        raise KilterError(
+            "device: expected CuPy for 'cuda', got none; pip install 'kilter[cuda13]' or 'kilter[cuda12]' brings it"
+        ) from None
+    if not cupy.cuda.is_available():
+        raise KilterError("device: expected a CUDA device and its driver for 'cuda', found none")
+    return backend_of(cupy.empty(0))
+
+
+def beside(array: Any) -> AbstractContextManager[Any]:
+    """Returns a context in which new arrays lie on the device of `array`."""
+    device: Any = getattr(array, "device", None)
+    found: AbstractContextManager[Any] = device if hasattr(device, "__enter__") else nullcontext()
+    return found
+
+
+def host(array: Any) -> Any:
+    """Returns a NumPy array with the values of an array of any library: itself where it is one."""
+    return array.get() if hasattr(array, "get") else np.asarray(array)

@@ -45,20 +45,20 @@ class Call(NamedTuple):
         """Returns the view in which the caller sees an array of x's shape."""
         return self.backend.xp.moveaxis(array, -1, 1) if self.moved else array
 
-    def output(self, out: Any) -> Any:
-        """Returns an array of x's shape and layout to write to: new, or `out`."""
+    def output(self, out: Any, argument: str = "out") -> Any:
+        """Returns an array of x's shape and layout to write to: new, or `out`, which messages call `argument`."""
         xp = self.backend.xp
         if out is None:
             return xp.empty(self.x.shape, self.x.dtype)
         if out.shape != self.shape:
-            fail("out", f"shape {self.shape}", f"shape {out.shape}")
+            fail(argument, f"shape {self.shape}", f"shape {out.shape}")
         if out.dtype != self.x.dtype:
-            fail("out", f"dtype {self.x.dtype}", f"dtype {out.dtype}")
+            fail(argument, f"dtype {self.x.dtype}", f"dtype {out.dtype}")
         target = self.move(out)
         if not _check.ready(target):
-            fail("out", "an array in the layout of x, aligned and of native byte order", f"strides {out.strides}")
-        if not target.flags.writeable:
-            fail("out", "a writable array", "a read-only one")
+            fail(argument, "an array in the layout of x, aligned and of native byte order", f"strides {out.strides}")
+        if not _check.writable(target):
+            fail(argument, "a writable array", "a read-only one")
         return target
 
 

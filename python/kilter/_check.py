@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from kilter._backend import KilterError, backend_of
+from kilter._backend import KilterError, backend_of, place
 
 __all__ = ["KilterError", "dtype_of", "fail", "number", "same_memory", "seed_and_stream"]
 
@@ -87,7 +87,13 @@ def entries(state: Any, wanted: set[str]) -> None:
 def ready(x: Any) -> bool:
     """Says whether kernels can read `x` where it lies: C order, aligned, native byte order."""
     flags = x.flags
-    return flags.c_contiguous and flags.aligned and x.dtype.isnative  # type: ignore[no-any-return]
+    # Arrays on a device are always aligned and have no flag for it.
+    return bool(flags.c_contiguous and getattr(flags, "aligned", True) and x.dtype.isnative)
+
+
+def writable(x: Any) -> bool:
+    """Says whether `x` may be written; arrays on a device have no flag for it."""
+    return bool(getattr(x.flags, "writeable", True))
 
 
 def contiguous(xp: Any, x: Any) -> Any:
@@ -121,8 +127,7 @@ def same_memory(xp: Any, argument: str, out: Any, x: Any) -> bool:
         return True
     if not xp.may_share_memory(out, x):
         return False
-    place, other = out.__array_interface__, x.__array_interface__
-    if place["data"][0] == other["data"][0] and out.shape == x.shape and out.strides == x.strides:
+    if place(out) == place(x) and out.shape == x.shape and out.strides == x.strides:
         return True
     if xp.shares_memory(out, x):
         fail(argument, "memory of its own, or exactly that of the input", "a partial overlap")

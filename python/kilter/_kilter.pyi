@@ -264,7 +264,7 @@ def philox(out: _Array, seed: int, stream: int, attempt: int = 0) -> None:
 def fill_uniform(out: _Array, seed: int, stream: int, h: _Array) -> None:
     """Fills out with shift + scale * u, u uniform on [0, 1); h = (shift, scale)."""
 
-def fill_normal(out: _Array, seed: int, stream: int, h: _Array) -> None:
+def fill_normal(out: _Array, seed: int, stream: int, h: _Array, attempt: int = 0) -> None:
     """Fills out with shift + scale * z, z standard normal; h = (shift, scale)."""
 
 def probe_copy(source: _Array, target: _Array) -> None:

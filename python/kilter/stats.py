@@ -175,7 +175,7 @@ class RunningStats:
             _check.arithmetic(argument, array.dtype)
         n = _check.number("n", n, 1.0 if self.unbiased else 0.0, sys.float_info.max, open_low=True)
         correction = n / (n - 1) if self.unbiased else 1.0
-        h = backend.xp.array([self.weight(n)], "float64")
+        h = np.array([self.weight(n)])
         new_mean = mean.astype(self.mean.dtype)
         new_var = (var.astype("float64") * correction).astype(self.var.dtype)
         backend.ops.ema(self.mean, new_mean, h)
@@ -204,6 +204,7 @@ class RunningStats:
                 fail(f"state[{key}]", f"shape {self.mean.shape}", f"shape {np.shape(state[key])}")
         count = _check.number("state[count]", state["count"], 0.0)
         updates = int(_check.number("state[updates]", state["updates"], 0.0, math.inf))
-        self.mean[...] = state["mean"]
-        self.var[...] = state["var"]
+        here = backend_of(self.mean).xp.asarray
+        self.mean[...] = here(state["mean"])
+        self.var[...] = here(state["var"])
         self.count, self.updates = count, updates

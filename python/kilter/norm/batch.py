@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kilter import _check, stats
-from kilter._backend import backend_of
+from kilter._backend import NUMPY, backend_of, host
 from kilter._channels import Call, open_call, position_weights
 from kilter._check import fail
 
@@ -110,6 +110,9 @@ def batch_norm(
         summed in different orders: rstd differs by at most 2 ulp of float32, the mean by 2 ulp of itself, or of 1/8 of
         the spread where that is larger.
 
+        On a GPU, x is read twice, and nothing waits for the device but weights, whose sum the host looks at, and
+        `comm`, whose counts it looks at.
+
     References:
         Ioffe, Szegedy 2015, arXiv:1502.03167.
     """
@@ -145,7 +148,7 @@ def batch_norm(
         if r is not None and _check.same_memory(xp, "out", y, r):
             r = r.copy()
             overwritten = overwritten or relu
-        if comm is not None or not training:  # the fused form looks itself
+        if comm is not None or not training or backend is not NUMPY:  # the core's fused form looks itself
             _check.apart(xp, y, g, b, w, *(() if running is None else (running.mean, running.var)))
     saved = xp.empty((3, channels), real)
     hi, lo, rstd = saved
@@ -157,7 +160,7 @@ def batch_norm(
             fail("running", "running statistics, which inference reads", "None")
         moments = stats.Moments(xp.zeros(()), running.mean.astype("float64"), xp.zeros(channels))
         count = xp.ones(1)
-        ops.bn_finish(count, moments.mean, running.var.astype("float64"), _scalars(xp, eps), hi, lo, rstd, None, None)
+        ops.bn_finish(count, moments.mean, running.var.astype("float64"), _scalars(eps), hi, lo, rstd, None, None)
         ops.bn_apply(data, call.axis, hi, lo, rstd, g, b, r, relu, y)
     cache = BatchNormCache(
         x, gamma, beta, residual, w, call.axis_of_x, relu, training, hi, lo, rstd, moments, comm, overwritten
@@ -165,15 +168,15 @@ def batch_norm(
     return (call.back(y) if out is None else out), cache
 
 
-def _scalars(xp: Any, eps: float, momentum: float = 0.0, unbiased: bool = False) -> Any:
-    return xp.array((eps, momentum, unbiased), "float64")
+def _scalars(eps: float, momentum: float = 0.0, unbiased: bool = False) -> Any:
+    return np.array((eps, momentum, unbiased), "float64")
 
 
-def _towards(xp: Any, running: stats.RunningStats | None, count: float, eps: float) -> tuple[Any, Any, Any]:
+def _towards(running: stats.RunningStats | None, count: float, eps: float) -> tuple[Any, Any, Any]:
     """Returns the running mean and variance, and the scalars of `bn_finish`."""
     if running is None:
-        return None, None, _scalars(xp, eps)
-    return running.mean, running.var, _scalars(xp, eps, running.weight(count), running.unbiased)
+        return None, None, _scalars(eps)
+    return running.mean, running.var, _scalars(eps, running.weight(count), running.unbiased)
 
 
 def _enough(count: float, weights: Any) -> None:
@@ -193,7 +196,7 @@ def _train(call: Call, data: Any, w: Any, how: tuple[Any, ...], hi: Any, lo: Any
         _enough(count, w)
     rows = xp.empty(1 + 2 * channels)
     n, mean, m2 = rows[:1], rows[1 : 1 + channels], rows[1 + channels :]
-    running_mean, running_var, h = _towards(xp, running, count, eps)
+    running_mean, running_var, h = _towards(running, count, eps)
     ops.bn_train(data, call.axis, w, h, g, b, r, relu, n, mean, m2, hi, lo, rstd, running_mean, running_var, y)
     if running is not None:
         running.advance(count)
@@ -211,20 +214,21 @@ def _train_over_ranks(
     rows = xp.empty(1 + 2 * channels)
     ops.bn_stats(data, call.axis, w, rows[:1], rows[1 : 1 + channels], rows[1 + channels :])
     gathered = comm.all_gather(rows)
-    parts = [stats.Moments(part[0], part[1 : 1 + channels], part[1 + channels :]) for part in gathered]
-    moments = stats.merge(*parts)
-    count = float(moments.count)
+    counts = host(gathered[:, 0]).tolist()
+    parts = (stats.Moments(n, p[1 : 1 + channels], p[1 + channels :]) for n, p in zip(counts, gathered, strict=True))
+    count, mean, m2 = stats.merge(*parts)
     if channels:
         _enough(count, w)
-    running_mean, running_var, h = _towards(xp, running, count, eps)
-    ops.bn_finish(xp.array([count]), moments.mean, moments.m2, h, hi, lo, rstd, running_mean, running_var)
+    running_mean, running_var, h = _towards(running, count, eps)
+    n = xp.asarray([count])
+    ops.bn_finish(n, mean, m2, h, hi, lo, rstd, running_mean, running_var)
     if running is not None:
         running.advance(count)
     ops.bn_apply(data, call.axis, hi, lo, rstd, g, b, r, relu, y)
-    return moments
+    return stats.Moments(n[0], mean, m2)
 
 
-def batch_norm_backward(dy: Any, cache: BatchNormCache, *, out: Any = None) -> BatchNormGrads:
+def batch_norm_backward(dy: Any, cache: BatchNormCache, *, out: Any = None, out_residual: Any = None) -> BatchNormGrads:
     """The gradients of `batch_norm`.
 
     With dz = dy where the activation let it pass and x̂ = (x - mean) * rstd, summed over the batch and all positions:
@@ -240,6 +244,8 @@ def batch_norm_backward(dy: Any, cache: BatchNormCache, *, out: Any = None) -> B
         dy: the upstream gradient, of y's shape and dtype.
         cache: what `batch_norm` returned beside y.
         out: written to and returned as dx; x's shape, dtype and layout. May be dy itself, at the price of a copy.
+        out_residual: written to and returned as dresidual, likewise, but with memory of its own. Only after a forward
+            pass with a residual and an activation.
 
     Returns:
         (dx, dgamma, dbeta, dresidual): dx and dresidual of x's dtype, dgamma and dbeta of gamma's and beta's. None for
@@ -259,10 +265,12 @@ def batch_norm_backward(dy: Any, cache: BatchNormCache, *, out: Any = None) -> B
     _check.array("dy", dy)
     if cache.overwritten:
         fail("cache", "a forward pass whose inputs are still there", "one whose out= overwrote them")
-    backend = backend_of(dy, cache.x, out, names=("dy", "x", "out"))
+    backend = backend_of(dy, cache.x, out, out_residual, names=("dy", "x", "out", "out_residual"))
     xp, ops = backend
     call = open_call(backend, cache.x, cache.axis, out)
     channels, real, relu = call.channels, call.real, cache.relu
+    if out_residual is not None and (cache.residual is None or not relu):
+        fail("out_residual", "None without a residual and an activation", "an array")
     upstream = call.like("dy", dy)
     dx = call.output(out)
     if out is not None:
@@ -272,7 +280,11 @@ def batch_norm_backward(dy: Any, cache: BatchNormCache, *, out: Any = None) -> B
     g = _check.vector(xp, "gamma", cache.gamma, channels, real, cache.x.dtype)
     b = _check.vector(xp, "beta", cache.beta, channels, real, cache.x.dtype)
     r = call.like("residual", cache.residual) if relu else None
-    dresidual = None if r is None else xp.empty(call.x.shape, call.x.dtype)
+    dresidual = None if r is None else call.output(out_residual, "out_residual")
+    if out_residual is not None:
+        others = (dx, upstream, call.x, r, cache.weights, cache.gamma, cache.beta)
+        if any(a is not None and xp.shares_memory(dresidual, a) for a in others):
+            fail("out_residual", "memory of its own", "memory of another argument")
     sums = xp.empty((2, channels))
     sum_dy, sum_dy_xhat = sums
     how = (cache.hi, cache.lo, cache.rstd, g, b, r, relu)
@@ -296,7 +308,7 @@ def batch_norm_backward(dy: Any, cache: BatchNormCache, *, out: Any = None) -> B
     if cache.residual is not None and dresidual is None:
         dresidual = dy
     elif dresidual is not None:
-        dresidual = call.back(dresidual)
+        dresidual = call.back(dresidual) if out_residual is None else out_residual
     with np.errstate(over="ignore"):  # a sum past the largest number is infinite, as in dx
         dgamma = None if cache.gamma is None else sum_dy_xhat.astype(cache.gamma.dtype.newbyteorder("="))
         dbeta = None if cache.beta is None else sum_dy.astype(cache.beta.dtype.newbyteorder("="))

@@ -234,8 +234,8 @@ def _forward(
         overwritten = overwritten or _check.over_original(xp, y, x, call.x)
         _check.apart(xp, y, gamma, beta)
     mean, m2 = xp.empty((2, call.shape[0], parts))
-    ops.gn_forward(data, call.axis, parts, xp.array([eps]), g, b, mean.reshape(-1), m2.reshape(-1), y)
-    moments = stats.Moments(xp.asarray(float(count)), mean, m2)
+    ops.gn_forward(data, call.axis, parts, np.array([eps]), g, b, mean.reshape(-1), m2.reshape(-1), y)
+    moments = stats.Moments(np.float64(count), mean, m2)
     cache = GroupNormCache(x, gamma, beta, parts, call.axis_of_x, eps, moments, overwritten)
     return (call.back(y) if out is None else out), cache
 
@@ -258,7 +258,7 @@ def _backward(dy: Any, cache: GroupNormCache, out: Any, forward: str) -> GroupNo
     g = _check.vector(xp, "gamma", cache.gamma, call.channels, call.real, cache.x.dtype)
     _, mean, m2 = cache.moments
     dbeta, dgamma = xp.empty((2, call.channels))
-    h = xp.array([cache.eps])
+    h = np.array([cache.eps])
     ops.gn_backward(
         upstream, call.x, call.axis, cache.groups, h, mean.reshape(-1), m2.reshape(-1), g, dbeta, dgamma, dx
     )

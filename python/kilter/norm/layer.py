@@ -123,7 +123,7 @@ def layer_norm(
     hi, lo, rstd = (saved[k, ...] for k in range(3))
     total = None if r is None else xp.empty(call.shape, call.x.dtype)
     rows = [_rows(call, array) for array in (data, r, total, y)]
-    ops.ln_forward(rows[0], rows[1], xp.array([eps]), g, b, hi, lo, rstd, rows[2], rows[3])
+    ops.ln_forward(rows[0], rows[1], np.array([eps]), g, b, hi, lo, rstd, rows[2], rows[3])
     overwritten = overwritten and total is None
     cache = LayerNormCache(x if total is None else total, gamma, beta, int(ndim), hi, lo, rstd, overwritten)
     return (y if out is None else out), cache
@@ -195,7 +195,7 @@ def rms_norm(
     y, data, overwritten = _target(call, x, out, gamma)
     xp, ops = backend
     rstd = xp.empty(call.shape[: call.axis], call.real)
-    ops.ln_forward(_rows(call, data), None, xp.array([eps]), g, None, None, None, rstd, None, _rows(call, y))
+    ops.ln_forward(_rows(call, data), None, np.array([eps]), g, None, None, None, rstd, None, _rows(call, y))
     return (y if out is None else out), RMSNormCache(x, gamma, int(ndim), rstd, overwritten)
 
 

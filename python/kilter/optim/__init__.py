@@ -3,11 +3,12 @@
 from kilter.optim.adam import Adam, Adamax, AdamW, NAdam
 from kilter.optim.adaptive import Adadelta, Adagrad, RMSprop
 from kilter.optim.averages import GradAccumulator, WeightEMA
-from kilter.optim.base import Optimizer, StepReport, decay_groups
+from kilter.optim.base import Optimizer, decay_groups
 from kilter.optim.clip import clip_grad_norm, clip_grad_value
 from kilter.optim.curvature import gauss_newton_bartlett, hutchinson
 from kilter.optim.lion import Lion
 from kilter.optim.newton import DiagonalNewton
+from kilter.optim.report import StepReport
 from kilter.optim.scaler import LossScaler
 from kilter.optim.sgd import SGD
 

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from kilter import _check, _kilter
-from kilter._backend import backend_of
+from kilter._backend import Backend, backend_of, host, place
 from kilter._check import fail
 
 
@@ -29,12 +31,22 @@ class Slot(NamedTuple):
 
 
 class Bucket:
-    """Parameters that share options, dtype and clock, with one flat array per slot of state."""
+    """Parameters that share options, dtype and clock, with one flat array per slot of state.
+
+    On a device each parameter's state begins at a multiple of the unit of its operations, so that vectors are aligned.
+    """
 
     def __init__(
-        self, xp: Any, group: int, slots: tuple[Slot, ...], masters: bool, clock: dict[str, float], frozen: bool
+        self,
+        backend: Backend,
+        group: int,
+        slots: tuple[Slot, ...],
+        masters: bool,
+        clock: dict[str, float],
+        frozen: bool,
     ) -> None:
-        self.xp, self.group, self.slots, self.frozen = xp, group, slots, frozen
+        self.xp, self.unit = backend.xp, getattr(backend.ops, "STATE_UNIT", 1)
+        self.group, self.slots, self.frozen = group, slots, frozen
         self.has_masters = masters
         self.clock = clock
         self.names: list[str] = []
@@ -45,14 +57,14 @@ class Bucket:
     def fill(self, old: Mapping[str, Mapping[str, Any]], state_dtype: Any) -> None:
         """Allocates the state and takes over that of the parameters that had some."""
         real = _check.arithmetic("params", self.params[0].dtype)
-        size = sum(p.size for p in self.params)
+        size = sum(self._taken(p) for p in self.params)
         self.state = [self.xp.full(slot.shape(size), slot.start, state_dtype or real) for slot in self.slots]
         self.masters = self.xp.empty(size, real) if self.has_masters else None
         for (name, part), p in zip(self.parts(), self.params, strict=True):
             kept = old[name]["arrays"] if name in old else {}
             for slot, array in part["arrays"].items():
                 if slot in kept:
-                    array[...] = kept[slot]
+                    array[...] = self._here(kept[slot])
                 elif slot == "master":
                     array[...] = p
 
@@ -65,7 +77,15 @@ class Bucket:
         for name, p in zip(self.names, self.params, strict=True):
             views = {slot.name: a[..., start : start + p.size].reshape(slot.shape(*p.shape)) for slot, a in flat}
             yield name, {"arrays": views, "clock": dict(self.clock)}
-            start += p.size
+            start += self._taken(p)
+
+    def _taken(self, p: Any) -> int:
+        """Returns how many elements of flat state a parameter takes."""
+        return int(-(-p.size // self.unit) * self.unit)
+
+    def _here(self, array: Any) -> Any:
+        """Returns an array of this library with the values of one of any."""
+        return array if backend_of(array).xp is self.xp else self.xp.asarray(host(array))
 
     def loaded(self, name: str, part: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, Any]:
         """Returns a parameter's part with the values of `state`.
@@ -125,7 +145,7 @@ def check_param(name: str, p: Any) -> None:
     _check.arithmetic(argument, p.dtype)
     if not _check.ready(p):
         fail(argument, "a C-contiguous, aligned array of native byte order", f"strides {p.strides}, dtype {p.dtype}")
-    if not p.flags.writeable:
+    if not _check.writable(p):
         fail(argument, "a writable array", "a read-only one")
 
 
@@ -143,7 +163,7 @@ def check_apart(params: Mapping[str, Any]) -> None:
     ranges = []
     for name, p in params.items():
         if p.size:
-            start = p.__array_interface__["data"][0]
+            start = place(p)
             ranges.append((start, start + p.nbytes, name))
     ranges.sort()
     for (_, end, first), (start, _, second) in pairwise(ranges):
@@ -162,8 +182,10 @@ class Rule(NamedTuple):
 class Pass:
     """One call of the kernel: a rule on a bucket's parameters, or on arrays that take their place."""
 
-    def __init__(self, bucket: Bucket, grads: list[Any], rule: Rule, clock: dict[str, float]) -> None:
-        self.bucket, self.grads, self.rule = bucket, grads, rule
+    def __init__(
+        self, bucket: Bucket, grads: list[Any], rule: Rule, clock: dict[str, float], options: Mapping[str, Any]
+    ) -> None:
+        self.bucket, self.grads, self.rule, self.options = bucket, grads, rule, options
         self.clock = clock  # of the bucket, once this has run
         self.params, self.state, self.masters = bucket.params, bucket.state, bucket.masters
         self.of_gradients = True  # which are scaled and clipped
@@ -175,7 +197,7 @@ class Pass:
     def launch(self, ops: Any, scale: float, limit: float, flags: int) -> None:
         """Takes the step, or only checks every argument."""
         scaled = (scale, limit) if self.of_gradients else (1.0, math.inf)
-        h = self.bucket.xp.array((*scaled, self.rule.oldest, *self.rule.scalars), "float64")
+        h = np.array((*scaled, self.rule.oldest, *self.rule.scalars), "float64")
         self._retried(
             lambda grads: ops.step(
                 self.rule.name, self.bucket.names, self.params, grads, self.state, self.masters, h, flags
@@ -187,13 +209,20 @@ class Pass:
         try:
             call(self.grads)
         except _kilter.LayoutError:
-            self.grads = [_check.contiguous(self.bucket.xp, g) for g in self.grads]
+            self.straighten()
             call(self.grads)
         except _check.KilterError:
-            # Of arrays from elsewhere, the backend says more than the kernel.
-            names = [f"grads[{name}]" for name in (*self.bucket.names, "")]
-            backend_of(*self.grads, self.bucket.params[0], names=names)
+            self.blame()
             raise
+
+    def straighten(self) -> None:
+        """Puts copies in C order in the place of gradients whose layout needs it."""
+        self.grads = [_check.contiguous(self.bucket.xp, g) for g in self.grads]
+
+    def blame(self) -> None:
+        """Refuses gradients from elsewhere, of which the backend says more than the kernel."""
+        names = [f"grads[{name}]" for name in (*self.bucket.names, "")]
+        backend_of(*self.grads, self.bucket.params[0], names=names)
 
 
 def match(

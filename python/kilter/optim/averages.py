@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from kilter import _check
-from kilter._backend import Backend
+from kilter._backend import Backend, beside, host
 from kilter._check import fail
 from kilter.optim import arrays, structure
 
@@ -41,8 +43,8 @@ class GradAccumulator:
     def __init__(self, like: Any) -> None:
         self._like = structure.named("like", like)
         self._backend = structure.backend("like", self._like)
-        self._means, self._memory = _arithmetic_like(self._backend, self._like)
-        self._tree = structure.rebuilt(like, self._means)
+        self._means = _Averages(self._backend, self._like)
+        self._tree = structure.rebuilt(like, self._means.views)
         self.weight = 0.0
 
     def add(self, grads: Any, weight: float = 1.0) -> None:
@@ -60,12 +62,10 @@ class GradAccumulator:
         self._check_readable(dict(zip(self._like, given, strict=True)))
         if weight == 0.0:
             return
-        xp = self._backend.xp
         if self.weight == 0.0:
-            for mean, g in zip(self._means, given, strict=True):
-                xp.copyto(mean, g)
+            self._means.take(given)
         else:
-            _move(self._backend, self._means, given, weight / (self.weight + weight))
+            self._means.move(given, weight / (self.weight + weight))
         self.weight += weight
 
     def finish(self) -> Any:
@@ -86,10 +86,10 @@ class GradAccumulator:
         xp = self._backend.xp
         if grads and structure.backend("grads", grads) is not self._backend:
             fail("grads", f"arrays of {xp.__name__}", "others")
-        for (name, g), mean in zip(grads.items(), self._means, strict=True):
+        for (name, g), mean in zip(grads.items(), self._means.views, strict=True):
             if _check.arithmetic(f"grads[{name}]", g.dtype) != mean.dtype:
                 fail(f"grads[{name}]", f"a dtype whose arithmetic is {mean.dtype}", f"dtype {g.dtype}")
-            if any(xp.may_share_memory(g, memory) for memory in self._memory):
+            if any(xp.may_share_memory(g, memory) for memory in self._means.memory):
                 fail(f"grads[{name}]", "memory of its own", "that of the sums")
 
 
@@ -130,9 +130,8 @@ class WeightEMA:
         for name, p in self._params.items():
             arrays.check_param(name, p)
         arrays.check_apart(self._params)
-        self._averages, _ = _arithmetic_like(self._backend, self._params)
-        for average, p in zip(self._averages, self._params.values(), strict=True):
-            average[...] = p
+        self._averages = _Averages(self._backend, self._params)
+        self._averages.take(list(self._params.values()))
         self._weights: list[Any] | None = None
         self.updates = 0
 
@@ -151,7 +150,7 @@ class WeightEMA:
             fail("params", "the weights in the parameters (call swap first)", "the averages")
         n = self.updates
         decay = min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
-        _move(self._backend, self._averages, list(self._params.values()), 1.0 - decay)
+        self._averages.move(list(self._params.values()), 1.0 - decay)
         self.updates += 1
 
     def swap(self) -> None:
@@ -161,15 +160,15 @@ class WeightEMA:
         """
         params = list(self._params.values())
         source, self._weights = (
-            (self._averages, [p.copy() for p in params]) if self._weights is None else (self._weights, None)
+            (self._averages.views, [p.copy() for p in params]) if self._weights is None else (self._weights, None)
         )
         for p, new in zip(params, source, strict=True):
             p[...] = new
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns a flat dict of copies: the number of updates, and each average under `average.` and its name."""
-        averages = zip(self._params, self._averages, strict=True)
-        return {"updates": self.updates, **{f"average.{name}": average.copy() for name, average in averages}}
+        """Returns a flat dict of copies on the host: the updates, and each average as `average.` and its name."""
+        averages = zip(self._params, self._averages.views, strict=True)
+        return {"updates": self.updates, **{f"average.{name}": host(average.copy()) for name, average in averages}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what `state_dict` returned.
@@ -179,7 +178,7 @@ class WeightEMA:
         """
         if self.swapped:
             fail("params", "the weights in the parameters (call swap first)", "the averages")
-        own = dict(zip((f"average.{name}" for name in self._params), self._averages, strict=True))
+        own = dict(zip((f"average.{name}" for name in self._params), self._averages.views, strict=True))
         _check.entries(state, {"updates", *own})
         updates = _check.number("state[updates]", state["updates"], 0.0, math.inf)
         if updates % 1 != 0:
@@ -190,28 +189,45 @@ class WeightEMA:
                 wanted = f"{average.dtype} of shape {average.shape}"
                 fail(f"state[{name}]", wanted, f"{given.dtype} of shape {given.shape}")
         for name, average in own.items():
-            average[...] = state[name]
+            average[...] = self._backend.xp.asarray(host(state[name]))
         self.updates = int(updates)
 
 
-def _arithmetic_like(backend: Backend, like: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
-    """Returns an array of the arithmetic's dtype for each, and the memory they lie in: one array per dtype."""
-    reals = [_check.arithmetic(name, a.dtype) for name, a in like.items()]
-    views: list[Any] = [None] * len(reals)
-    memory = []
-    for real in dict.fromkeys(reals):
-        chosen = [(i, a) for i, a in enumerate(like.values()) if reals[i] == real]
-        flat = backend.xp.empty(sum(a.size for _, a in chosen), real)
-        memory.append(flat)
-        start = 0
-        for i, a in chosen:
-            views[i] = flat[start : start + a.size].reshape(a.shape)
-            start += a.size
-    return views, memory
+class _Averages:
+    """Arrays of the arithmetic's dtype that averages lie in: views of one array per dtype."""
 
+    def __init__(self, backend: Backend, like: Mapping[str, Any]) -> None:
+        self._backend, self._prepared = backend, None
+        reals = [_check.arithmetic(name, a.dtype) for name, a in like.items()]
+        unit = getattr(backend.ops, "STATE_UNIT", 1)  # at whose multiples vectors are aligned
+        self.views: list[Any] = [None] * len(reals)
+        self.memory = []
+        for real in dict.fromkeys(reals):
+            chosen = [(i, a) for i, a in enumerate(like.values()) if reals[i] == real]
+            taken = [-(-a.size // unit) * unit for _, a in chosen]
+            with beside(chosen[0][1]):
+                flat = backend.xp.empty(sum(taken), real)
+            self.memory.append(flat)
+            start = 0
+            for (i, a), size in zip(chosen, taken, strict=True):
+                self.views[i] = flat[start : start + a.size].reshape(a.shape)
+                start += size
 
-def _move(backend: Backend, averages: list[Any], values: list[Any], weight: float) -> None:
-    """Moves each average towards a value, whose weight is given."""
-    h = backend.xp.array([weight], "float64")
-    for average, value in zip(averages, values, strict=True):
-        backend.ops.ema(average, _check.contiguous(backend.xp, value), h)
+    def take(self, values: Sequence[Any]) -> None:
+        """Copies each value into an average."""
+        if hasattr(self._backend.ops, "average"):
+            self.move(values, 1.0)
+            return
+        for average, value in zip(self.views, values, strict=True):
+            self._backend.xp.copyto(average, value)
+
+    def move(self, values: Sequence[Any], weight: float) -> None:
+        """Moves each average towards a value, whose weight is given; on a device by one launch for all."""
+        xp, ops = self._backend
+        values = [_check.contiguous(xp, value) for value in values]
+        if hasattr(ops, "average"):
+            self._prepared = ops.average(self.views, values, weight, self._prepared)
+            return
+        h = np.array([weight], "float64")
+        for average, value in zip(self.views, values, strict=True):
+            ops.ema(average, value, h)

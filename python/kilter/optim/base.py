@@ -5,30 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from kilter import _check, _kilter
-from kilter._backend import Backend, backend_of
+from kilter._backend import Backend, backend_of, beside, host
 from kilter._check import fail
 from kilter.optim import arrays
 from kilter.optim.arrays import Bucket, Pass, Rule, Slot
+from kilter.optim.device import DeviceSteps, uncorrected
 from kilter.optim.options import at, numbers, restored
+from kilter.optim.report import StepReport
 from kilter.optim.scaler import LossScaler
 
 __all__ = ["Optimizer", "StepReport", "decay_groups"]
-
-
-class StepReport(NamedTuple):
-    """What a step did.
-
-    `calls` counts the calls of `step` so far, `applied` those that changed the parameters, `grad_norm` is the Euclidean
-    norm of all gradients before clipping (None unless it was asked for), `skipped` says that this step changed nothing.
-    """
-
-    calls: int
-    applied: int
-    grad_norm: float | None
-    skipped: bool
 
 
 class Optimizer:
@@ -64,7 +53,8 @@ class Optimizer:
         self._masters = master_dtype == "auto"
         self._state_dtype = arrays.state_dtype(state_dtype)
         self.calls = 0
-        self.applied = 0
+        self._applied = 0
+        self._device: DeviceSteps | None = None
         self.groups: list[dict[str, Any]] = []
         self._structure: Any = None
         self._frozen: set[str] = set()
@@ -74,6 +64,12 @@ class Optimizer:
             self._append(group)
         self._backend: Backend = backend_of(*self._params().values())
         self._rebuild()
+
+    @property
+    def applied(self) -> int:
+        """How many steps changed the parameters; on a GPU, reading it waits for them."""
+        self._pull()
+        return self._applied
 
     # What a subclass says of itself.
 
@@ -176,6 +172,7 @@ class Optimizer:
         """Lays out state anew: one flat array per slot for the parameters that share options, dtype and clock."""
         backend = backend_of(*self._params().values())
         arrays.check_apart(self._params())
+        self._pull()
         old = {name: part for bucket in self._buckets for name, part in bucket.parts()}
         old.update(state or {})
         frozen = self._frozen if frozen is None else frozen
@@ -188,12 +185,16 @@ class Optimizer:
                 key = (index, p.dtype.num, name in frozen, tuple(clock.items()))
                 if key not in buckets:
                     masters = self._masters and p.dtype.itemsize == 2
-                    buckets[key] = Bucket(backend.xp, index, slots, masters, clock, name in frozen)
+                    buckets[key] = Bucket(backend, index, slots, masters, clock, name in frozen)
                 buckets[key].names.append(name)
                 buckets[key].params.append(p)
         for bucket in buckets.values():
-            bucket.fill(old, self._state_dtype)
+            with beside(bucket.params[0]):
+                bucket.fill(old, self._state_dtype)
         self._frozen, self._buckets = frozen, list(buckets.values())
+        self._device = None
+        if self._buckets and hasattr(backend.ops, "tick"):
+            self._device = DeviceSteps(backend, self._buckets, self._applied)
         self._laid_out = [group["params"] for group in self.groups]
 
     # The step.
@@ -217,6 +218,11 @@ class Optimizer:
             Clipping by norm scales all gradients by min(1, clip_norm / (norm + 1e-6)); clipping by value limits each
             element afterwards. Both see the gradients after division by the scale. A norm or a check for non-finite
             numbers reads the gradients once more.
+
+            On a GPU the step is one launch for all tensors of the same dtypes, one before it that moves the clocks, and
+            one that reads the gradients where they are measured; the host waits for none of them, until it reads the
+            report, `applied` or the state. Gradients that stay in their place are checked once. A CUDA graph can
+            record a step: see `before_replay`.
         """
         return self._run(self._plan(grads), scaler)
 
@@ -228,9 +234,14 @@ class Optimizer:
         plan = []
         for bucket, some in zip(active, given, strict=True):
             options = self._options(bucket)
-            clock = self._advance(options, bucket.clock)
-            plan.append(Pass(bucket, some, self._rule(options, clock, bucket.slots), clock))
+            clock = self._advance(options, bucket.clock) if self._device is None else uncorrected(bucket.clock)
+            plan.append(Pass(bucket, some, self._rule(options, clock, bucket.slots), clock, options))
         return plan
+
+    def _renew(self, one: Pass) -> None:
+        """Gives a pass of a captured step the options of this call."""
+        one.options = self._options(one.bucket)
+        one.rule = self._rule(one.options, one.clock, one.bucket.slots)
 
     def _check_groups(self) -> None:
         """Refuses groups whose keys or parameters are not those of construction any more."""
@@ -264,7 +275,9 @@ class Optimizer:
         """Measures, clips and takes the step, or skips it."""
         if scaler is not None and not isinstance(scaler, LossScaler):
             fail("scaler", "a LossScaler", type(scaler).__name__)
-        scale = 1.0 if scaler is None else 1.0 / scaler.scale
+        if self._device is not None:
+            return self._device.step(self, plan, scaler)
+        scale = 1.0 if scaler is None else 1.0 / scaler.here()[0]
         skip = scaler is not None if self.skip_nonfinite is None else self.skip_nonfinite
         norm, finite = None, True
         if skip or scaler is not None or self.track_norm or self.clip_norm is not None:
@@ -277,14 +290,14 @@ class Optimizer:
             self._launch(plan, scale, _kilter.CHECK_ONLY)
         if not skipped:
             self._launch(plan, scale, 0)
-            self.applied += 1
+            self._applied += 1
             for one in plan:
                 one.bucket.clock = one.clock
         self.calls += 1
         if scaler is not None:
             scaler.update(finite)
         reported = norm if self.track_norm or self.clip_norm is not None else None
-        return StepReport(self.calls, self.applied, reported, skipped)
+        return StepReport(self.calls, self._applied, reported, skipped)
 
     def _scan(self, plan: list[Pass]) -> tuple[float, bool]:
         """Returns the sum of the squares of the gradients, and whether everything that is given is finite."""
@@ -302,10 +315,31 @@ class Optimizer:
         for one in plan:
             one.launch(self._backend.ops, -scale if self.maximize else scale, limit, flags)
 
+    def before_replay(self) -> None:
+        """Counts the call of a step that a CUDA graph has captured, and hands it the options of this call.
+
+        To be called before each replay, on its stream. `maximize`, the limits of clipping, and whether steps are
+        skipped are those of the capture. A capture needs one such step before it, with the same gradient arrays, and is
+        void after `freeze`, `thaw`, `add_params` and `load_state_dict`.
+
+        Raises:
+            KilterError: no step was captured, or an option is unusable.
+        """
+        if self._device is None or not self._device.captured:
+            fail("before_replay", "a step that a CUDA graph has captured", "none")
+        self._device.before_replay(self)
+        self.calls += 1
+
+    def _pull(self) -> None:
+        """Reads the clocks from the device, if they are there and have moved."""
+        applied = None if self._device is None else self._device.pull(self._buckets)
+        if applied is not None:
+            self._applied = applied
+
     # State.
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns a flat dict of copies: counts, numeric options of the groups, and each parameter's state.
+        """Returns a flat dict of copies on the host: counts, numeric options of the groups, each parameter's state.
 
         Schedules are not part of it: give the same ones at construction.
         """
@@ -321,7 +355,7 @@ class Optimizer:
                     state.update(numbers(f"groups.{index}.{key}", value))
         for bucket in self._buckets:
             for name, part in bucket.parts():
-                state.update({f"state.{name}.{slot}": array.copy() for slot, array in part["arrays"].items()})
+                state.update({f"state.{name}.{slot}": host(array.copy()) for slot, array in part["arrays"].items()})
                 state.update({f"state.{name}.{key}": value for key, value in part["clock"].items()})
         return state
 
@@ -350,7 +384,7 @@ class Optimizer:
         for group, found in zip(self.groups, options, strict=True):
             self._check_options(found)
             group.update(found)
-        self.calls, self.applied = counts
+        self.calls, self._applied = counts
         self._rebuild(state=loaded)
 
 

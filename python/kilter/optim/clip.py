@@ -6,6 +6,8 @@ import math
 import sys
 from typing import Any
 
+import numpy as np
+
 from kilter import _check
 from kilter._backend import Backend
 from kilter.optim import structure
@@ -29,7 +31,7 @@ def clip_grad_norm(grads: Any, max_norm: float) -> float:
     Notes:
         If a gradient is not finite, the norm returned is not finite either, and the gradients are left as they are.
         16-bit gradients are scaled in float32 and rounded once. `clip_norm` of an optimizer does the same within its
-        step, without the second pass over memory.
+        step, without the second pass over memory, and on a GPU without waiting for the norm.
 
     References:
         Pascanu, Mikolov, Bengio 2013, arXiv:1211.5063, algorithm 1.
@@ -41,9 +43,7 @@ def clip_grad_norm(grads: Any, max_norm: float) -> float:
     norm = _norm(backend, arrays)
     if not math.isfinite(norm) or norm + 1e-6 <= max_norm:
         return norm
-    for g in arrays.values():
-        real = _check.arithmetic("grads", g.dtype)
-        backend.xp.multiply(g, real.type(max_norm / (norm + 1e-6)), out=g, casting="unsafe")
+    _limit(backend, arrays, max_norm / (norm + 1e-6), sys.float_info.max)
     return norm
 
 
@@ -60,11 +60,26 @@ def clip_grad_value(grads: Any, max_value: float) -> None:
     max_value = _check.number("max_value", max_value, 0.0, sys.float_info.max, open_low=True)
     arrays = structure.named("grads", grads)
     structure.check_writable("grads", arrays)
-    xp = structure.backend("grads", arrays).xp
+    _limit(structure.backend("grads", arrays), arrays, 1.0, max_value)
+
+
+def _limit(backend: Backend, arrays: dict[str, Any], scale: float, most: float) -> None:
+    """Scales arrays, or limits their elements, where they lie; on a device by one launch for all."""
+    xp, ops = backend
+    if hasattr(ops, "clip"):
+        dense = {name: _check.contiguous(xp, g) for name, g in arrays.items()}
+        ops.clip(list(dense), list(dense.values()), np.array([scale, most]))
+        for name, g in arrays.items():
+            if dense[name] is not g:
+                g[...] = dense[name]
+        return
     for g in arrays.values():
         real = _check.arithmetic("grads", g.dtype)
-        limit = real.type(min(max_value, float(xp.finfo(real).max)))
-        xp.clip(g, -limit, limit, out=g, casting="unsafe")
+        if scale != 1.0:
+            xp.multiply(g, real.type(scale), out=g, casting="unsafe")
+        else:
+            limit = real.type(min(most, float(xp.finfo(real).max)))
+            xp.clip(g, -limit, limit, out=g, casting="unsafe")
 
 
 def _norm(backend: Backend, arrays: dict[str, Any]) -> float:

@@ -105,12 +105,24 @@ class DiagonalNewton(Optimizer):
             KilterError: as `SGD.step`; or a curvature does not fit, or there was none yet; nothing has changed then.
         """
         plan = self._plan(grads)
-        if curvature is not None:
+        if curvature is None:
+            self._check_curved(plan)
+        else:
             plan = self._curved(plan, curvature)
-        for one in plan:
-            if one.clock["product"] == 1.0:
-                fail("curvature", f"one for params[{one.bucket.names[0]}], which has had none yet", "None")
         return self._run(plan, scaler)
+
+    def _check_curved(self, plan: list[Pass]) -> None:
+        """Refuses to go on with a curvature that has never come."""
+        if any(one.bucket.clock["product"] == 1.0 for one in plan):
+            self._pull()  # a step that the host has not heard of may have brought it
+        for one in plan:
+            if one.bucket.clock["product"] == 1.0:
+                fail("curvature", f"one for params[{one.bucket.names[0]}], which has had none yet", "None")
+
+    def _renew(self, one: Pass) -> None:
+        super()._renew(one)
+        if not one.of_gradients:
+            one.rule = _curvature(one.options)
 
     def _curved(self, plan: list[Pass], curvature: Any) -> list[Pass]:
         """Returns the plan with the averages of the curvature moved first."""
@@ -123,8 +135,12 @@ class DiagonalNewton(Optimizer):
                 arrays.check_like(f"curvature[{name}]", c, p)
             one.clock["product"] *= options["beta"]
             one.rule = self._rule(options, one.clock, bucket.slots)
-            first = Pass(bucket, some, Rule("curvature", (1.0 - options["beta"],)), one.clock)
+            first = Pass(bucket, some, _curvature(options), one.clock, options)
             first.params = [part["arrays"]["curvature"] for _, part in bucket.parts()]
             first.state, first.masters, first.of_gradients = [], None, False
             both += [first, one]
         return both
+
+
+def _curvature(options: Mapping[str, Any]) -> Rule:
+    return Rule("curvature", (1.0 - options["beta"],))

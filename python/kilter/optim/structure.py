@@ -69,7 +69,7 @@ def check_writable(argument: str, arrays: Mapping[str, Any]) -> None:
     """Refuses arrays that cannot be changed in place, and one that stands twice."""
     seen: dict[int, str] = {}
     for name, array in arrays.items():
-        if not array.flags.writeable:
+        if not _check.writable(array):
             fail(f"{argument}[{name}]", "a writable array", "a read-only one")
         other = seen.setdefault(id(array), name)
         if other != name:
