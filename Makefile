@@ -35,6 +35,6 @@ wheel:  # for every Linux of the last ten years; needs maturin[zig]
 	maturin build --quiet --release --zig --compatibility manylinux2014 --compression-level 9 --out $(WHEELS) \
 		-- -Clinker=$(CURDIR)/.ci/dense-cc
 
-size: wheel  # of the wheel: under 1.5 MB
+size: wheel  # of the wheel: under 1.75 MB
 	@stat --printf '%n: %s bytes\n' $(WHEELS)/*.whl
-	@test $$(stat --format %s $(WHEELS)/*.whl) -lt 1500000
+	@test $$(stat --format %s $(WHEELS)/*.whl) -lt 1750000

@@ -64,9 +64,9 @@ def case(spec: Spec, what: str, peers: Sequence[Peer] = ()) -> Case:
 
     beside = {}
     for peer in peers:
-        pair = peer.batch_norm(x, dy, axis, gamma, beta)
-        if pair is not None and what != "inference":
-            beside[peer.name] = pair[0 if forward else 1]
+        works = peer.batch_norm(x, dy, axis, gamma, beta)
+        if works:
+            beside[peer.name] = works[what.partition(",")[0]]
     inputs = 1 if forward else 2
     once = what == "inference" or reads_once(shape, axis, x.itemsize, inputs)
     path = x.nbytes * (1 + inputs * (1 if once else 2))

@@ -42,8 +42,8 @@ class Peer(Protocol):
 
     name: str
 
-    def batch_norm(self, x: Any, dy: Any, axis: int, gamma: Any, beta: Any) -> tuple[Work, Work] | None:
-        """Returns the forward and the backward pass in training; None where it has no such dtype."""
+    def batch_norm(self, x: Any, dy: Any, axis: int, gamma: Any, beta: Any) -> dict[str, Work]:
+        """Returns "forward" and "backward" in training and "inference"; nothing where it has no such dtype."""
 
     def row_norm(self, x: Any, dy: Any, gamma: Any, beta: Any) -> tuple[Work, Work] | None:
         """Returns both passes of layer norm, or of RMS norm where beta is None; None where it has no such dtype."""
@@ -138,13 +138,17 @@ class NumPy:
 
     name = "numpy"
 
-    def batch_norm(self, x: Any, dy: Any, axis: int, gamma: Any, beta: Any) -> tuple[Work, Work] | None:
+    def batch_norm(self, x: Any, dy: Any, axis: int, gamma: Any, beta: Any) -> dict[str, Work]:
         """See `Peer`."""
         if x.dtype != np.float32:
-            return None
+            return {}
         axes, (g, b) = aligned(x, axis, (gamma, beta))
         _, mean, rstd = forward(np, x, g, b, axes)
-        return lambda: forward(np, x, g, b, axes), lambda: backward(np, dy, x, mean, rstd, g, axes)
+        return {
+            "forward": lambda: forward(np, x, g, b, axes),
+            "inference": lambda: (x - mean) * (rstd * g) + b,
+            "backward": lambda: backward(np, dy, x, mean, rstd, g, axes),
+        }
 
     def row_norm(self, x: Any, dy: Any, gamma: Any, beta: Any) -> tuple[Work, Work] | None:
         """See `Peer`."""
@@ -200,7 +204,7 @@ class Torch:
             return self.torch.from_numpy(array.view(np.int16)).view(self.torch.bfloat16)
         return self.torch.from_numpy(array)
 
-    def batch_norm(self, x: Any, dy: Any, axis: int, gamma: Any, beta: Any) -> tuple[Work, Work] | None:
+    def batch_norm(self, x: Any, dy: Any, axis: int, gamma: Any, beta: Any) -> dict[str, Work]:
         """See `Peer`."""
         x, dy, g, b = (self.tensor(array) for array in (x, dy, gamma, beta))
         if axis == -1:  # what torch calls channels_last: NCHW in shape, NHWC in memory
@@ -208,10 +212,12 @@ class Torch:
         aten = self.torch.ops.aten
         _, mean, rstd = aten.native_batch_norm(x, g, b, None, None, True, 0.1, EPS)
         norm, every = self.torch.nn.functional.batch_norm, [True, True, True]
-        return (
-            lambda: norm(x, None, None, g, b, True, 0.1, EPS),
-            lambda: aten.native_batch_norm_backward(dy, x, g, None, None, mean, rstd, True, EPS, every),
-        )
+        zeros, ones = self.torch.zeros_like(g), self.torch.ones_like(g)
+        return {
+            "forward": lambda: norm(x, None, None, g, b, True, 0.1, EPS),
+            "inference": lambda: norm(x, zeros, ones, g, b, False, 0.1, EPS),
+            "backward": lambda: aten.native_batch_norm_backward(dy, x, g, None, None, mean, rstd, True, EPS, every),
+        }
 
     def row_norm(self, x: Any, dy: Any, gamma: Any, beta: Any) -> tuple[Work, Work] | None:
         """See `Peer`."""
@@ -301,17 +307,19 @@ class Jax:
         fast = self.jax.jit(function)
         return lambda: self.jax.block_until_ready(fast(*given))
 
-    def batch_norm(self, x: Any, dy: Any, axis: int, gamma: Any, beta: Any) -> tuple[Work, Work] | None:
+    def batch_norm(self, x: Any, dy: Any, axis: int, gamma: Any, beta: Any) -> dict[str, Work]:
         """See `Peer`."""
         if x.dtype != np.float32:
-            return None
+            return {}
         xp = self.jax.numpy
         axes, (g, b) = aligned(x, axis, (gamma, beta))
         _, mean, rstd = forward(np, x, g, b, axes)
-        return (
-            self.compiled(lambda x, g, b: forward(xp, x, g, b, axes), x, g, b),
-            self.compiled(lambda dy, x, mean, rstd, g: backward(xp, dy, x, mean, rstd, g, axes), dy, x, mean, rstd, g),
-        )
+        given = (dy, x, mean, rstd, g)
+        return {
+            "forward": self.compiled(lambda x, g, b: forward(xp, x, g, b, axes), x, g, b),
+            "inference": self.compiled(lambda x, m, r, g, b: (x - m) * (r * g) + b, x, mean, rstd, g, b),
+            "backward": self.compiled(lambda dy, x, m, r, g: backward(xp, dy, x, m, r, g, axes), *given),
+        }
 
     def row_norm(self, x: Any, dy: Any, gamma: Any, beta: Any) -> tuple[Work, Work] | None:
         """See `Peer`."""
