@@ -296,7 +296,7 @@ const int WINDOWS = Rule::windows, STATE = Rule::windows + Rule::slots;
 const bool KT_NARROW = sizeof(KT_T) == 2 && !KT_MASTERS && (STATE == 0 || sizeof(KT_S) == 2);
 const int KT_V = KT_NARROW ? 8 : 16 / sizeof(kt_real);
 // Blocks of 256 threads that a multiprocessor has registers for.
-const int KT_BLOCKS = sizeof(kt_real) == 8 ? 2 : 4 - (STATE == 3) - (KT_NARROW && STATE > 1);
+const int KT_BLOCKS = sizeof(kt_real) == 8 ? 2 : 4 - (STATE + WINDOWS + KT_MASTERS > 2) - (KT_NARROW && STATE + WINDOWS > 1);
 
 // A group's rule, and what happens to a gradient before the rule sees it: clamp(g * scale, +- limit). A negative row says
 // that the step is skipped.

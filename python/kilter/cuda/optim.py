@@ -279,9 +279,9 @@ def _launches(
 
 def _resident(rule: Rule, p: Any, state: Any, masters: int) -> int:
     """Returns how many blocks a multiprocessor has registers for, as optim.cu says."""
-    changed = rule.windows + rule.slots
-    narrow = changed > 1 and _narrow(p.itemsize, state.itemsize, bool(masters))
-    return 2 if p.itemsize == 8 else 4 - int(changed == 3) - int(narrow)
+    arrays = 2 * rule.windows + rule.slots
+    narrow = arrays > 1 and _narrow(p.itemsize, state.itemsize, bool(masters))
+    return 2 if p.itemsize == 8 else 4 - int(arrays + masters > 2) - int(narrow)
 
 
 def prepare(cuda: Launcher, rule: str, parts: Sequence[Sequence[Any]]) -> Prepared:
