@@ -3,8 +3,10 @@
 use crate::error::Error;
 use crate::simd::{self, Level};
 use rayon::ThreadPool;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::cell::Cell;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock};
+use std::time::Instant;
 
 /// Work on borrowed slices: it knows its bytes, can halve itself, can run, and can merge two results.
 ///
@@ -32,17 +34,33 @@ pub trait Kernel: Sized + Send {
     fn merge(left: Self::Out, right: Self::Out) -> Self::Out;
 }
 
-/// Work of at most this many bytes is not split.
-const GRAIN: usize = 1 << 20;
+/// Work of fewer bytes is not split.
+const SMALLEST: usize = 1 << 18;
+
+/// Parts are no larger than this where that makes no more than [`PARTS`] of them.
+const LARGEST: usize = 1 << 20;
 
 /// No more than about this many parts, so that partial results stay small.
 const PARTS: usize = 32;
 
+/// About so many parts of work between the two sizes.
+const FEW: usize = 8;
+
+/// From this many bytes on a second thread is worth the hand-over to a worker that is awake: a few microseconds.
+const SHARED_BYTES: usize = 1 << 19;
+
+/// From this many bytes on it is worth waking a worker: some tens of microseconds.
+const WAKING_BYTES: usize = 8 << 20;
+
+/// How many microseconds workers stay awake after a launch. No longer, for the core may be another library's: the threads
+/// of a matrix product spin as well. They do not yield it meanwhile: since Linux 6.18 that costs a whole slice each time.
+const LINGER: u64 = 50;
+
+/// How many at most during a launch that could not use them because they slept when it began.
+const WATCH: u64 = 2000;
+
 /// How often a thread that is done looks whether the others are, before it sleeps: some tens of microseconds.
 const SPINS: usize = 2000;
-
-/// Below this many bytes one thread is faster than waking a second.
-const PARALLEL_BYTES: usize = 8 << 20;
 
 /// Runs a kernel on as many threads as it is worth, and merges the parts along a tree that depends on the shape only.
 pub fn launch<K: Kernel>(kernel: K) -> K::Out {
@@ -52,25 +70,26 @@ pub fn launch<K: Kernel>(kernel: K) -> K::Out {
 /// [`launch`] on at most so many threads: the same bits. On one where the kernel is part of what all threads do.
 pub(crate) fn launch_on<K: Kernel>(threads: usize, kernel: K) -> K::Out {
     let bytes = kernel.bytes();
-    let grain = GRAIN.max(bytes / PARTS);
+    let grain = grain(bytes);
     if bytes <= grain {
         return simd::run(kernel);
     }
-    let mut parts = vec![];
-    let tree = Tree::cut(kernel, grain, &mut parts);
-    let next = AtomicUsize::new(0);
-    let work = || {
-        // Each thread claims the next part until none is left.
-        while let Some(part) = parts.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let mut part = part.lock().expect("no part panics while it is claimed");
-            if let Part::Waits(kernel) = std::mem::replace(&mut *part, Part::Runs) {
-                *part = Part::Done(simd::run(kernel));
-            }
+    let parts = cut(kernel, grain);
+    let run = |i: usize| {
+        // Each part is claimed once: the lock is always free.
+        if let Ok(mut part) = parts[i].part.try_lock()
+            && let Part::Waits(kernel) = std::mem::replace(&mut *part, Part::Runs)
+        {
+            *part = Part::Done(simd::run(kernel));
         }
     };
-    let helpers = if bytes < PARALLEL_BYTES { 0 } else { threads.min(parts.len()) - 1 };
-    share(&work, helpers);
-    tree.merge(&parts)
+    spread(parts.len(), &run, bytes, threads);
+    merge(parts)
+}
+
+/// Work of so many bytes is cut into parts of at most this many.
+pub fn grain(bytes: usize) -> usize {
+    (bytes / FEW).clamp(SMALLEST, LARGEST).max(bytes / PARTS)
 }
 
 /// A part of a kernel's work.
@@ -80,62 +99,67 @@ enum Part<K: Kernel> {
     Done(K::Out),
 }
 
-/// How the parts merge.
-enum Tree {
-    Part(usize),
-    Both(Box<(Tree, Tree)>),
+/// A leaf of the tree along which results merge. The depths of all leaves, from left to right, say what tree it is.
+struct Leaf<K: Kernel> {
+    depth: usize,
+    part: Mutex<Part<K>>,
 }
 
-impl Tree {
-    /// Cuts a kernel into parts of at most `grain` bytes.
-    fn cut<K: Kernel>(kernel: K, grain: usize, parts: &mut Vec<Mutex<Part<K>>>) -> Self {
-        let whole = if kernel.bytes() <= grain { Err(kernel) } else { kernel.halve() };
-        match whole {
-            Ok((left, right)) => Self::Both(Box::new((Self::cut(left, grain, parts), Self::cut(right, grain, parts)))),
-            Err(kernel) => {
-                parts.push(Mutex::new(Part::Waits(kernel)));
-                Self::Part(parts.len() - 1)
+/// Cuts a kernel into parts of at most `grain` bytes.
+fn cut<K: Kernel>(kernel: K, grain: usize) -> Vec<Leaf<K>> {
+    let (mut leaves, mut rest) = (vec![], vec![(0, kernel)]);
+    while let Some((depth, kernel)) = rest.pop() {
+        match if kernel.bytes() <= grain { Err(kernel) } else { kernel.halve() } {
+            Ok((left, right)) => {
+                rest.push((depth + 1, right));
+                rest.push((depth + 1, left));
             }
+            Err(kernel) => leaves.push(Leaf { depth, part: Mutex::new(Part::Waits(kernel)) }),
         }
     }
-
-    fn merge<K: Kernel>(self, parts: &[Mutex<Part<K>>]) -> K::Out {
-        match self {
-            Self::Part(i) => match std::mem::replace(&mut *parts[i].lock().expect("all parts have run"), Part::Runs) {
-                Part::Done(out) => out,
-                _ => unreachable!("every part was claimed"),
-            },
-            Self::Both(both) => {
-                let (left, right) = *both;
-                K::merge(left.merge(parts), right.merge(parts))
-            }
-        }
-    }
+    leaves
 }
 
-/// Does `work` on this thread and on `helpers` others, and returns when all are done. Not generic, so that rayon's side
-/// of the hand-over exists once and not for every kernel.
-fn share(work: &(dyn Fn() + Sync), helpers: usize) {
-    if helpers == 0 {
-        return work();
-    }
-    let running = AtomicUsize::new(helpers);
-    pool().in_place_scope(|scope| {
-        for _ in 0..helpers {
-            scope.spawn(|_| {
-                work();
-                running.fetch_sub(1, Ordering::Release);
-            });
+/// Merges the results of the two halves of each node, the deepest first.
+fn merge<K: Kernel>(leaves: Vec<Leaf<K>>) -> K::Out {
+    let mut done: Vec<(usize, K::Out)> = vec![];
+    for Leaf { mut depth, part } in leaves {
+        let Ok(Part::Done(mut out)) = part.into_inner() else { unreachable!("every part has run") };
+        while let Some((_, left)) = done.pop_if(|(left, _)| *left == depth) {
+            out = K::merge(left, out);
+            depth -= 1;
         }
-        work();
-        // The others end at about the same time: looking for that moment is shorter than sleeping until it.
-        for _ in 0..SPINS {
-            if running.load(Ordering::Acquire) == 0 {
+        done.push((depth, out));
+    }
+    done.pop().expect("the whole has at least one part").1
+}
+
+/// Does `run(0)` to `run(parts - 1)` on this thread and those workers that it is worth to call, and returns when all are
+/// done. Not generic, so that the hand-over exists once and not for every kernel.
+fn spread(parts: usize, run: &(dyn Fn(usize) + Sync), bytes: usize, threads: usize) {
+    let next = AtomicUsize::new(0);
+    let work = || {
+        // Each thread claims the next part until none is left.
+        loop {
+            let part = next.fetch_add(1, Ordering::Relaxed);
+            if part >= parts {
                 break;
             }
-            std::hint::spin_loop();
+            run(part);
         }
-    });
+    };
+    let most = threads.min(parts) - 1;
+    if most == 0 || bytes < SHARED_BYTES {
+        return work();
+    }
+    let crew = crew();
+    let helpers = if bytes < WAKING_BYTES { most.min(crew.awake()) } else { most };
+    if helpers == 0 {
+        work();
+    } else {
+        crew.share(&work, helpers);
+    }
+    crew.rest();
 }
 
 /// Threads that kernels may use: `KILTER_NUM_THREADS`, or the cores of this process's affinity mask.
@@ -155,20 +179,104 @@ pub fn configured_threads() -> Result<usize, Error> {
     }
 }
 
-/// A pool, and the one that replaces it in a forked child: threads do not survive a fork, so the child leaks the
+/// The workers, and those that replace them in a forked child: threads do not survive a fork, so the child leaks the
 /// pool it inherited and starts its own at the first launch.
-struct Generation {
+struct Crew {
     pool: OnceLock<ThreadPool>,
-    next: OnceLock<Box<Generation>>,
+    /// Workers that are awake.
+    awake: AtomicUsize,
+    /// Until when workers stay awake, in microseconds since [`START`]: during and shortly after each launch.
+    until: AtomicU64,
+    next: OnceLock<Box<Crew>>,
 }
 
-impl Generation {
+impl Crew {
     const fn new() -> Self {
-        Self { pool: OnceLock::new(), next: OnceLock::new() }
+        Self { pool: OnceLock::new(), awake: AtomicUsize::new(0), until: AtomicU64::new(0), next: OnceLock::new() }
+    }
+
+    fn pool(&self) -> &ThreadPool {
+        self.pool.get_or_init(|| {
+            rayon::ThreadPoolBuilder::new()
+                .num_threads((threads() - 1).max(1))
+                .thread_name(|i| format!("kilter-{i}"))
+                .build()
+                .expect("the operating system refuses threads; KILTER_NUM_THREADS=1 needs none")
+        })
+    }
+
+    /// How many workers are awake. Where launches follow each other closely and none is, wakes one for the next.
+    fn awake(&'static self) -> usize {
+        let (awake, now) = (self.awake.load(Ordering::Relaxed), now());
+        if now < self.until.load(Ordering::Relaxed) {
+            self.until.store(now + WATCH, Ordering::Relaxed);
+            if awake == 0 {
+                self.pool().spawn(|| self.stay());
+            }
+        }
+        awake
+    }
+
+    /// Notes that a launch has ended.
+    fn rest(&self) {
+        self.until.store(now() + LINGER, Ordering::Relaxed);
+    }
+
+    /// Does `work` on this thread and on `helpers` workers, and returns when all are done.
+    fn share(&'static self, work: &(dyn Fn() + Sync), helpers: usize) {
+        let running = AtomicUsize::new(helpers);
+        self.pool().in_place_scope(|scope| {
+            for _ in 0..helpers {
+                scope.spawn(|_| {
+                    work();
+                    running.fetch_sub(1, Ordering::Release);
+                    self.stay();
+                });
+            }
+            work();
+            // The others end at about the same time: looking for that moment is shorter than sleeping until it.
+            for _ in 0..SPINS {
+                if running.load(Ordering::Acquire) == 0 {
+                    break;
+                }
+                std::hint::spin_loop();
+            }
+        });
+    }
+
+    /// Keeps this worker awake for a while after what it does now.
+    fn stay(&'static self) {
+        if !STAYS.replace(true) {
+            self.awake.fetch_add(1, Ordering::Relaxed);
+            rayon::spawn(|| self.linger());
+        }
+    }
+
+    /// Looks for work until it is time to sleep.
+    fn linger(&self) {
+        while now() < self.until.load(Ordering::Relaxed) {
+            rayon::yield_now();
+            std::hint::spin_loop();
+        }
+        self.awake.fetch_sub(1, Ordering::Relaxed);
+        STAYS.set(false);
     }
 }
 
-static FIRST: Generation = Generation::new();
+/// When the first launch that was worth a worker began.
+static START: OnceLock<Instant> = OnceLock::new();
+
+/// Microseconds since [`START`].
+fn now() -> u64 {
+    START.get_or_init(Instant::now).elapsed().as_micros() as u64
+}
+
+thread_local! {
+    /// Whether this worker stays awake.
+    static STAYS: Cell<bool> = const { Cell::new(false) };
+}
+
+static FIRST: Crew = Crew::new();
 static FORKS: AtomicUsize = AtomicUsize::new(0);
 
 /// To be called in a child process right after a fork.
@@ -176,16 +284,10 @@ pub fn after_fork() {
     FORKS.fetch_add(1, Ordering::Relaxed);
 }
 
-fn pool() -> &'static ThreadPool {
-    let mut generation = &FIRST;
+fn crew() -> &'static Crew {
+    let mut crew = &FIRST;
     for _ in 0..FORKS.load(Ordering::Relaxed) {
-        generation = generation.next.get_or_init(|| Box::new(Generation::new()));
+        crew = crew.next.get_or_init(|| Box::new(Crew::new()));
     }
-    generation.pool.get_or_init(|| {
-        rayon::ThreadPoolBuilder::new()
-            .num_threads((threads() - 1).max(1))
-            .thread_name(|i| format!("kilter-{i}"))
-            .build()
-            .expect("the operating system refuses threads; KILTER_NUM_THREADS=1 needs none")
-    })
+    crew
 }

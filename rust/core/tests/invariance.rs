@@ -6,7 +6,7 @@ use common::{INPUTS, RULES, Rule, about, bits, numbers, pass, state_of, step};
 use kilter_core::bf16;
 use kilter_core::ema::Ema;
 use kilter_core::init::{Fill, Normal, Uniform, Variate, Words};
-use kilter_core::kernel::{Kernel, launch};
+use kilter_core::kernel::{Kernel, grain, launch};
 use kilter_core::norm::groups::{self, Grouped};
 use kilter_core::norm::rows::{Backward, Forward, Residual};
 use kilter_core::norm::{self, Affine, Shape};
@@ -29,7 +29,7 @@ fn tree<K: Kernel>(level: Level, kernel: K) -> K::Out {
             Ok((left, right)) => K::merge(part(level, left, grain), part(level, right, grain)),
         }
     }
-    let grain = (1 << 20).max(kernel.bytes() / 32);
+    let grain = grain(kernel.bytes());
     part(level, kernel, grain)
 }
 
