@@ -35,7 +35,16 @@ INTEGERS = {"init::Words"}
 # They convert, add once per element, or hand on to a kernel with a door of its own.
 MOVES = {"probe::Copy", "stored::Load", "stored::Store", "optim::Step"}
 # They run other kernels, each through its own door, and what lies between.
-DRIVERS = {"norm::groups::Forward", "norm::groups_backward::Backward"}
+DRIVERS = {
+    "norm::groups::Forward",
+    "norm::groups_backward::Backward",
+    "norm::planes::Stats",
+    "norm::planes_write::Apply",
+    "norm::planes::Train",
+    "norm::planes_backward::Reduce",
+    "norm::planes_backward::Apply",
+    "norm::planes_backward::Backward",
+}
 # Between these and what kernels compute in.
 NARROW = ("f16", "bf16")
 

@@ -2,24 +2,21 @@
 
 use std::fmt;
 
-/// An argument that does not fit: its name, what was wanted, what came.
+/// An argument that does not fit: its name, what was wanted, what came. One word, as it is handed on in many places.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Error {
-    argument: String,
-    wanted: String,
-    got: String,
-}
+pub struct Error(Box<[String; 3]>);
 
 impl Error {
     /// The argument `argument` should have been `wanted` but was `got`.
     pub fn new(argument: impl fmt::Display, wanted: impl fmt::Display, got: impl fmt::Display) -> Self {
-        Self { argument: argument.to_string(), wanted: wanted.to_string(), got: got.to_string() }
+        Self(Box::new([argument.to_string(), wanted.to_string(), got.to_string()]))
     }
 }
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: expected {}, got {}", self.argument, self.wanted, self.got)
+        let [argument, wanted, got] = &*self.0;
+        write!(f, "{argument}: expected {wanted}, got {got}")
     }
 }
 
@@ -27,8 +24,11 @@ impl std::error::Error for Error {}
 
 /// Refuses a slice of another length than `wanted`.
 pub fn length<T>(argument: &str, slice: &[T], wanted: usize) -> Result<(), Error> {
-    if slice.len() == wanted {
-        return Ok(());
-    }
-    Err(Error::new(argument, format_args!("{wanted} elements"), slice.len()))
+    if slice.len() == wanted { Ok(()) } else { Err(wrong(argument, wanted, slice.len())) }
+}
+
+#[cold]
+#[inline(never)]
+fn wrong(argument: &str, wanted: usize, got: usize) -> Error {
+    Error::new(argument, format_args!("{wanted} elements"), got)
 }

@@ -232,7 +232,7 @@ impl<R: Real, const M: usize> Sum<R, M> {
         let mut from = 0;
         while from < n {
             if self.filled >= Self::CHAIN {
-                self.empty();
+                if level.compact() { self.empty_apart() } else { self.empty() }
             }
             let to = n.min(from + Self::CHAIN - self.filled);
             let ahead = ahead.map(|ahead| ahead.get(from..).unwrap_or(&[]));
@@ -322,7 +322,24 @@ impl<R: Real, const M: usize> Sum<R, M> {
 
     /// The sums, their lanes added pairwise.
     #[inline(always)]
-    pub fn total(mut self) -> [f64; M] {
+    pub fn total(mut self, level: Level) -> [f64; M] {
+        if level.compact() { self.total_apart() } else { self.pairwise() }
+    }
+
+    // At a compact level one copy serves all kernels.
+
+    #[inline(never)]
+    fn empty_apart(&mut self) {
+        self.empty();
+    }
+
+    #[inline(never)]
+    fn total_apart(&mut self) -> [f64; M] {
+        self.pairwise()
+    }
+
+    #[inline(always)]
+    fn pairwise(&mut self) -> [f64; M] {
         self.empty();
         self.wide.map(|mut lanes| {
             let mut width = LANES / 2;
@@ -337,10 +354,32 @@ impl<R: Real, const M: usize> Sum<R, M> {
     }
 }
 
+/// `range` in pieces of `step`. Without a division, unlike `step_by`.
+#[inline(always)]
+pub fn steps(range: Range<usize>, step: usize) -> impl Iterator<Item = Range<usize>> {
+    let Range { mut start, end } = range;
+    std::iter::from_fn(move || {
+        let at = start..end.min(start + step);
+        start = at.end;
+        (!at.is_empty()).then_some(at)
+    })
+}
+
 /// [`Sum::total`] of the first `n`. Step by step for all of them: each step is a loop over arrays in memory, of which
 /// compilers make wide registers.
 #[inline(always)]
-pub fn totals<R: Real, const M: usize, const G: usize>(sums: &[Sum<R, M>; G], n: usize) -> [[f64; M]; G] {
+pub fn totals<R: Real, const M: usize, const G: usize>(level: Level, sums: &[Sum<R, M>; G], n: usize) -> [[f64; M]; G] {
+    if level.compact() { totals_apart(sums, n) } else { side_by_side(sums, n) }
+}
+
+/// See [`Sum::total_apart`].
+#[inline(never)]
+fn totals_apart<R: Real, const M: usize, const G: usize>(sums: &[Sum<R, M>; G], n: usize) -> [[f64; M]; G] {
+    side_by_side(sums, n)
+}
+
+#[inline(always)]
+fn side_by_side<R: Real, const M: usize, const G: usize>(sums: &[Sum<R, M>; G], n: usize) -> [[f64; M]; G] {
     let mut quarters = [[[0.0; 4]; M]; G];
     for k in 0..n {
         for m in 0..M {

@@ -94,12 +94,16 @@ fn sums_count_every_element<S: Storage>() {
             }
             let plain: f64 = x[..n].iter().map(|x| x.widen().to_f64()).sum();
             let product: f64 = x[..n].iter().zip(&w).map(|(x, w)| x.widen().to_f64() * w.to_f64()).sum();
-            assert_eq!(sum.total(), [plain, product], "{n} elements, cut at {cuts:?}");
-            assert_eq!(totals(&[sum, Sum::ZERO, sum], 2), [[plain, product], [0.0; 2], [0.0; 2]], "{n} elements");
+            assert_eq!(sum.total(level), [plain, product], "{n} elements, cut at {cuts:?}");
+            assert_eq!(
+                totals(level, &[sum, Sum::ZERO, sum], 2),
+                [[plain, product], [0.0; 2], [0.0; 2]],
+                "{n} elements"
+            );
             if n > 0 {
                 sum.clear();
                 sum.add(level, [&x[..n]], [&w[..n]], [], |[x], [w]| [x, x * w]);
-                assert_eq!(sum.total(), [plain, product], "{n} elements, anew");
+                assert_eq!(sum.total(level), [plain, product], "{n} elements, anew");
             }
         }
     }
@@ -117,7 +121,7 @@ fn sums_do_not_see_addresses<S: Storage>() {
         let total = |level, run: &[S]| {
             let mut sum = Sum::<S::Real, 1>::ZERO;
             sum.add(level, [run], [], [], |[x], []| [x]);
-            sum.total()[0]
+            sum.total(level)[0]
         };
         let wanted = total(Level::Avx2, &x[..n]);
         assert_eq!(wanted, total(Level::Baseline, &x[..n]), "{n} elements, compact");

@@ -3,7 +3,7 @@
 //! A function first names all its arrays to one [`Opening`], which checks dtype, layout and flags of each and notes where
 //! it lies. Only when the writable ones overlap nothing are slices handed out, each array's once.
 
-use crate::gate::{KilterError, LayoutError, error};
+use crate::gate::{KilterError, LayoutError, Outcome, error};
 use kilter_core::{Error, bf16, f16};
 use numpy::npyffi::flags::{NPY_ARRAY_ALIGNED, NPY_ARRAY_C_CONTIGUOUS, NPY_ARRAY_WRITEABLE};
 use numpy::npyffi::{NPY_TYPES, PyArrayObject};
@@ -68,7 +68,7 @@ fn bfloat16_number(py: Python<'_>) -> i32 {
     *NUMBER.get_or_init(py, || find().unwrap_or(-1))
 }
 
-fn dtype(name: Name<'_>, array: &Bound<'_, PyUntypedArray>) -> PyResult<Dtype> {
+fn dtype(name: Name<'_>, array: &Bound<'_, PyUntypedArray>) -> Outcome<Dtype> {
     let number = array.dtype().num();
     Ok(match number {
         n if n == NPY_TYPES::NPY_DOUBLE as i32 => Dtype::F64,
@@ -144,26 +144,26 @@ pub struct Opening<'a> {
 
 impl<'a> Opening<'a> {
     /// Notes an array that is read.
-    pub fn read(&mut self, name: impl Into<Name<'a>>, array: &'a Bound<'_, PyAny>) -> PyResult<Noted<'a>> {
+    pub fn read(&mut self, name: impl Into<Name<'a>>, array: &'a Bound<'_, PyAny>) -> Outcome<Noted<'a>> {
         self.note(name.into(), array, false)
     }
 
     /// Notes an array that is written.
-    pub fn write(&mut self, name: impl Into<Name<'a>>, array: &'a Bound<'_, PyAny>) -> PyResult<Noted<'a>> {
+    pub fn write(&mut self, name: impl Into<Name<'a>>, array: &'a Bound<'_, PyAny>) -> Outcome<Noted<'a>> {
         self.note(name.into(), array, true)
     }
 
     /// Notes an array that may be missing.
-    pub fn maybe(&mut self, name: &'a str, array: Option<&'a Bound<'_, PyAny>>) -> PyResult<Option<Noted<'a>>> {
+    pub fn maybe(&mut self, name: &'a str, array: Option<&'a Bound<'_, PyAny>>) -> Outcome<Option<Noted<'a>>> {
         array.map(|array| self.read(name, array)).transpose()
     }
 
     /// Notes an array that is written unless it is missing.
-    pub fn maybe_write(&mut self, name: &'a str, array: Option<&'a Bound<'_, PyAny>>) -> PyResult<Option<Noted<'a>>> {
+    pub fn maybe_write(&mut self, name: &'a str, array: Option<&'a Bound<'_, PyAny>>) -> Outcome<Option<Noted<'a>>> {
         array.map(|array| self.write(name, array)).transpose()
     }
 
-    fn note(&mut self, name: Name<'a>, array: &'a Bound<'_, PyAny>, writable: bool) -> PyResult<Noted<'a>> {
+    fn note(&mut self, name: Name<'a>, array: &'a Bound<'_, PyAny>, writable: bool) -> Outcome<Noted<'a>> {
         let Ok(array) = array.cast::<PyUntypedArray>() else {
             return Err(error(Error::new(name, "a NumPy array", array.get_type().qualname()?)));
         };
@@ -175,7 +175,7 @@ impl<'a> Opening<'a> {
         if flags & needed != needed || array.dtype().is_native_byteorder() == Some(false) {
             let wanted =
                 format!("{name}: expected a C-contiguous, aligned array of native byte order, got another layout");
-            return Err(LayoutError::new_err(wanted));
+            return Err(LayoutError::new_err(wanted).into());
         }
         if writable && flags & NPY_ARRAY_WRITEABLE == 0 {
             return Err(error(Error::new(name, "a writable array", "a read-only one")));
@@ -190,7 +190,7 @@ impl<'a> Opening<'a> {
     }
 
     /// Refuses writable arrays that share memory with any other.
-    pub fn check(mut self) -> PyResult<Checked> {
+    pub fn check(mut self) -> Outcome<Checked> {
         self.ranges.sort_unstable_by_key(|range| range.0);
         // The furthest end so far of any range, and of the writable ones.
         let (mut any, mut written): (Option<usize>, Option<usize>) = (None, None);
@@ -199,7 +199,7 @@ impl<'a> Opening<'a> {
             if let Some(j) = rival.filter(|j| self.ranges[*j].1 > *start) {
                 let (out, other) = if *writable { (name, &self.ranges[j].3) } else { (&self.ranges[j].3, name) };
                 let message = format!("{out}: expected memory of its own, got memory shared with {other}");
-                return Err(KilterError::new_err(message));
+                return Err(KilterError::new_err(message).into());
             }
             if any.is_none_or(|j| self.ranges[j].1 < *end) {
                 any = Some(i);
@@ -217,8 +217,8 @@ pub struct Checked(());
 
 impl Checked {
     /// The elements of an array.
-    pub fn read<'a, T: Element>(&self, array: &Noted<'a>) -> PyResult<&'a [T]> {
-        self.fits::<T>(array, false)?;
+    pub fn read<'a, T: Element>(&self, array: &Noted<'a>) -> Outcome<&'a [T]> {
+        self.fits(array, T::DTYPE, false)?;
         if array.len == 0 {
             return Ok(&[]);
         }
@@ -230,13 +230,13 @@ impl Checked {
     }
 
     /// The elements of an array, or None where it is missing.
-    pub fn maybe<'a, T: Element>(&self, array: &Option<Noted<'a>>) -> PyResult<Option<&'a [T]>> {
+    pub fn maybe<'a, T: Element>(&self, array: &Option<Noted<'a>>) -> Outcome<Option<&'a [T]>> {
         array.as_ref().map(|array| self.read(array)).transpose()
     }
 
     /// The elements of an array that is written.
-    pub fn write<'a, T: Element>(&self, array: &Noted<'a>) -> PyResult<&'a mut [T]> {
-        self.fits::<T>(array, true)?;
+    pub fn write<'a, T: Element>(&self, array: &Noted<'a>) -> Outcome<&'a mut [T]> {
+        self.fits(array, T::DTYPE, true)?;
         if array.len == 0 {
             return Ok(&mut []);
         }
@@ -246,16 +246,17 @@ impl Checked {
     }
 
     /// The elements of an array that is written unless it is missing.
-    pub fn maybe_write<'a, T: Element>(&self, array: &Option<Noted<'a>>) -> PyResult<Option<&'a mut [T]>> {
+    pub fn maybe_write<'a, T: Element>(&self, array: &Option<Noted<'a>>) -> Outcome<Option<&'a mut [T]>> {
         array.as_ref().map(|array| self.write(array)).transpose()
     }
 
-    fn fits<T: Element>(&self, array: &Noted<'_>, write: bool) -> PyResult<()> {
-        if array.dtype != T::DTYPE {
-            return Err(error(Error::new(array.name, T::DTYPE.name(), array.dtype.name())));
+    #[inline(never)] // once for all element types
+    fn fits(&self, array: &Noted<'_>, dtype: Dtype, write: bool) -> Outcome<()> {
+        if array.dtype != dtype {
+            return Err(error(Error::new(array.name, dtype.name(), array.dtype.name())));
         }
         if write && (!array.writable || array.opened.replace(true)) {
-            return Err(KilterError::new_err(format!("{}: opened for writing twice", array.name)));
+            return Err(KilterError::new_err(format!("{}: opened for writing twice", array.name)).into());
         }
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! Group norm; instance norm is that with one group per channel.
 
 use crate::array::{Checked, Dtype, Element, Noted, Opening};
-use crate::gate::{self, error};
+use crate::gate::{self, Outcome, error};
 use crate::norm::{Array, Missing, alike, fill, not_data};
 use kilter_core::norm::groups::{self, Grouped, Reads};
 use kilter_core::storage::Storage;
@@ -15,7 +15,7 @@ pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
 }
 
 /// The array as samples with their channels first or last.
-fn grouped(x: &Noted<'_>, axis: usize, groups: usize) -> PyResult<Grouped> {
+fn grouped(x: &Noted<'_>, axis: usize, groups: usize) -> Outcome<Grouped> {
     let shape = x.shape();
     let last = shape.len().saturating_sub(1);
     if shape.len() < 2 || axis != 1 && axis != last {
@@ -25,7 +25,7 @@ fn grouped(x: &Noted<'_>, axis: usize, groups: usize) -> PyResult<Grouped> {
     Grouped::new(shape[0], channels, inner, groups, axis == last).map_err(error)
 }
 
-fn eps(h: &[f64]) -> PyResult<f64> {
+fn eps(h: &[f64]) -> Outcome<f64> {
     match *h {
         [eps] => Ok(eps),
         _ => Err(error(Error::new("h", "eps", format_args!("{} numbers", h.len())))),
@@ -44,7 +44,7 @@ fn gn_forward(
     mean: &Array<'_>,
     m2: &Array<'_>,
     y: &Array<'_>,
-) -> PyResult<()> {
+) -> Outcome<()> {
     let mut o = Opening::default();
     let (x, h, y) = (o.read("x", x)?, o.read("h", h)?, o.write("out", y)?);
     let affine = [o.maybe("gamma", gamma)?, o.maybe("beta", beta)?];
@@ -69,7 +69,7 @@ fn forward<S: Storage + Element>(
     [gamma, beta]: [Option<Noted<'_>>; 2],
     [mean, m2]: [Noted<'_>; 2],
     y: &Noted<'_>,
-) -> PyResult<()>
+) -> Outcome<()>
 where
     S::Real: Element,
 {
@@ -95,7 +95,7 @@ fn gn_backward(
     sum_dy: &Array<'_>,
     sum_dy_xhat: &Array<'_>,
     dx: &Array<'_>,
-) -> PyResult<()> {
+) -> Outcome<()> {
     let mut o = Opening::default();
     let (dy, x, h) = (o.read("dy", dy)?, o.read("x", x)?, o.read("h", h)?);
     let saved = [o.read("mean", mean)?, o.read("m2", m2)?];
@@ -123,7 +123,7 @@ fn backward<S: Storage + Element>(
     [mean, m2]: [Noted<'_>; 2],
     gamma: Option<Noted<'_>>,
     [sum_dy, sum_dy_xhat, dx]: [Noted<'_>; 3],
-) -> PyResult<()>
+) -> Outcome<()>
 where
     S::Real: Element,
 {

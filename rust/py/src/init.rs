@@ -1,7 +1,7 @@
 //! Fills.
 
 use crate::array::{Checked, Dtype, Element, Noted, Opening};
-use crate::gate::{self, error};
+use crate::gate::{self, Outcome, error};
 use kilter_core::init::{Fill, Normal, Uniform, Variate, Words};
 use kilter_core::kernel::launch;
 use kilter_core::storage::Storage;
@@ -18,7 +18,7 @@ pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
 /// Fills a uint32 array with Philox4x32-10 words.
 #[pyfunction]
 #[pyo3(signature = (out, seed, stream, attempt=0))]
-fn philox(py: Python<'_>, out: &Bound<'_, PyAny>, seed: u64, stream: u32, attempt: u32) -> PyResult<()> {
+fn philox(py: Python<'_>, out: &Bound<'_, PyAny>, seed: u64, stream: u32, attempt: u32) -> Outcome<()> {
     let mut o = Opening::default();
     let out = o.write("out", out)?;
     let out = o.check()?.write::<u32>(&out)?;
@@ -29,7 +29,7 @@ fn philox(py: Python<'_>, out: &Bound<'_, PyAny>, seed: u64, stream: u32, attemp
 }
 
 #[pyfunction]
-fn fill_uniform(py: Python<'_>, out: &Bound<'_, PyAny>, seed: u64, stream: u32, h: &Bound<'_, PyAny>) -> PyResult<()> {
+fn fill_uniform(py: Python<'_>, out: &Bound<'_, PyAny>, seed: u64, stream: u32, h: &Bound<'_, PyAny>) -> Outcome<()> {
     fill(py, out, Uniform, seed, stream, 0, h)
 }
 
@@ -42,7 +42,7 @@ fn fill_normal(
     stream: u32,
     h: &Bound<'_, PyAny>,
     attempt: u32,
-) -> PyResult<()> {
+) -> Outcome<()> {
     fill(py, out, Normal, seed, stream, attempt, h)
 }
 
@@ -54,7 +54,7 @@ fn fill(
     stream: u32,
     attempt: u32,
     h: &Bound<'_, PyAny>,
-) -> PyResult<()> {
+) -> Outcome<()> {
     let mut o = Opening::default();
     let (out, h) = (o.write("out", out)?, o.read("h", h)?);
     let checked = o.check()?;
@@ -82,7 +82,7 @@ struct How<V> {
 }
 
 impl<V: Variate> How<V> {
-    fn launch<S: Storage + Element>(self, py: Python<'_>, checked: &Checked, out: &Noted<'_>) -> PyResult<()> {
+    fn launch<S: Storage + Element>(self, py: Python<'_>, checked: &Checked, out: &Noted<'_>) -> Outcome<()> {
         let out = checked.write::<S>(out)?;
         gate::run(py, || {
             let fill = Fill::new(out, self.variate, self.seed, self.stream, self.shift, self.scale);

@@ -1,7 +1,7 @@
 //! Batch norm, forward.
 
 use crate::array::{Checked, Dtype, Element, Noted, Opening};
-use crate::gate::{self, error};
+use crate::gate::{self, Fault, Outcome, error};
 use kilter_core::norm::{self, Affine, Data, Finish, Shape, Statistics};
 use kilter_core::storage::Storage;
 use kilter_core::{Error, bf16, f16};
@@ -18,7 +18,7 @@ pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
 }
 
 /// The array around its channel axis.
-pub(crate) fn around(x: &Noted<'_>, axis: usize) -> PyResult<Shape> {
+pub(crate) fn around(x: &Noted<'_>, axis: usize) -> Outcome<Shape> {
     let shape = x.shape();
     let Some(&channels) = shape.get(axis) else {
         return Err(error(Error::new("axis", format_args!("less than {}", shape.len()), axis)));
@@ -27,7 +27,7 @@ pub(crate) fn around(x: &Noted<'_>, axis: usize) -> PyResult<Shape> {
 }
 
 /// Refuses an array of another shape than x's.
-pub(crate) fn alike(array: Option<&Noted<'_>>, x: &Noted<'_>) -> PyResult<()> {
+pub(crate) fn alike(array: Option<&Noted<'_>>, x: &Noted<'_>) -> Outcome<()> {
     match array {
         Some(array) if array.shape() != x.shape() => {
             let wanted = format!("shape {:?}", x.shape());
@@ -37,19 +37,19 @@ pub(crate) fn alike(array: Option<&Noted<'_>>, x: &Noted<'_>) -> PyResult<()> {
     }
 }
 
-pub(crate) fn not_data(dtype: Dtype) -> PyErr {
+pub(crate) fn not_data(dtype: Dtype) -> Fault {
     error(Error::new("x", "dtype float64, float32, float16 or bfloat16", dtype.name()))
 }
 
 /// The scalars of `finish`: eps, momentum, unbiased.
-fn finish_rule(h: &[f64]) -> PyResult<Finish> {
+fn finish_rule(h: &[f64]) -> Outcome<Finish> {
     match *h {
         [eps, momentum, unbiased] => Ok(Finish { eps, momentum, unbiased: unbiased != 0.0 }),
         _ => Err(error(Error::new("h", "eps, momentum, unbiased", format_args!("{} numbers", h.len())))),
     }
 }
 
-pub(crate) fn one(count: &[f64]) -> PyResult<f64> {
+pub(crate) fn one(count: &[f64]) -> Outcome<f64> {
     match *count {
         [count] => Ok(count),
         _ => Err(error(Error::new("count", "one number", count.len()))),
@@ -65,7 +65,7 @@ fn bn_stats(
     count: &Array<'_>,
     mean: &Array<'_>,
     m2: &Array<'_>,
-) -> PyResult<()> {
+) -> Outcome<()> {
     let mut o = Opening::default();
     let (x, weights) = (o.read("x", x)?, o.maybe("weights", weights)?);
     let out = [o.write("count", count)?, o.write("mean", mean)?, o.write("m2", m2)?];
@@ -86,7 +86,7 @@ fn stats<S: Storage + Element>(
     weights: &Option<Noted<'_>>,
     shape: Shape,
     [count, mean, m2]: [Noted<'_>; 3],
-) -> PyResult<()>
+) -> Outcome<()>
 where
     S::Real: Element,
 {
@@ -124,7 +124,7 @@ fn bn_finish(
     rstd: &Array<'_>,
     running_mean: Option<&Array<'_>>,
     running_var: Option<&Array<'_>>,
-) -> PyResult<()> {
+) -> Outcome<()> {
     let mut o = Opening::default();
     let moments = [o.read("count", count)?, o.read("mean", mean)?, o.read("m2", m2)?, o.read("h", h)?];
     let out = Out::note(&mut o, hi, lo, rstd, running_mean, running_var)?;
@@ -141,7 +141,7 @@ fn finish<R: kilter_core::real::Real + Element>(
     checked: &Checked,
     [count, mean, m2, h]: [Noted<'_>; 4],
     out: Out<'_>,
-) -> PyResult<()> {
+) -> Outcome<()> {
     let (count, rule) = (one(checked.read(&count)?)?, finish_rule(checked.read(&h)?)?);
     let (mean, m2, out) = (checked.read(&mean)?, checked.read(&m2)?, out.open::<R>(checked)?);
     gate::run(py, || norm::finish(count, mean, m2, rule, out))
@@ -164,7 +164,7 @@ impl<'a> Out<'a> {
         rstd: &'a Array<'_>,
         running_mean: Option<&'a Array<'_>>,
         running_var: Option<&'a Array<'_>>,
-    ) -> PyResult<Self> {
+    ) -> Outcome<Self> {
         Ok(Self {
             hi: o.write("hi", hi)?,
             lo: o.write("lo", lo)?,
@@ -174,7 +174,7 @@ impl<'a> Out<'a> {
         })
     }
 
-    fn open<R: kilter_core::real::Real + Element>(&self, checked: &Checked) -> PyResult<Statistics<'a, R>> {
+    fn open<R: kilter_core::real::Real + Element>(&self, checked: &Checked) -> Outcome<Statistics<'a, R>> {
         let (mean, var) = (checked.maybe_write(&self.running_mean)?, checked.maybe_write(&self.running_var)?);
         let (hi, lo, rstd) = (checked.write(&self.hi)?, checked.write(&self.lo)?, checked.write(&self.rstd)?);
         Ok(Statistics { hi, lo, rstd, running: mean.zip(var) })
@@ -196,7 +196,7 @@ impl<'a> How<'a> {
         [hi, lo, rstd]: [&'a Array<'_>; 3],
         gamma: Option<&'a Array<'_>>,
         beta: Option<&'a Array<'_>>,
-    ) -> PyResult<Self> {
+    ) -> Outcome<Self> {
         Ok(Self {
             hi: o.read("hi", hi)?,
             lo: o.read("lo", lo)?,
@@ -223,7 +223,7 @@ pub(crate) fn affine<'a, R: kilter_core::real::Real + Element>(
     checked: &Checked,
     how: &How<'a>,
     missing: &'a Missing<R>,
-) -> PyResult<Affine<'a, R>> {
+) -> Outcome<Affine<'a, R>> {
     let gamma = checked.maybe(&how.gamma)?.unwrap_or(&missing.ones);
     let beta = checked.maybe(&how.beta)?.unwrap_or(&missing.zeros);
     let (hi, lo, rstd) = (checked.read(&how.hi)?, checked.read(&how.lo)?, checked.read(&how.rstd)?);
@@ -243,7 +243,7 @@ fn bn_apply(
     residual: Option<&Array<'_>>,
     relu: bool,
     y: &Array<'_>,
-) -> PyResult<()> {
+) -> Outcome<()> {
     let mut o = Opening::default();
     let (x, residual) = (o.read("x", x)?, o.maybe("residual", residual)?);
     let (how, y) = (How::note(&mut o, [hi, lo, rstd], gamma, beta)?, o.write("out", y)?);
@@ -268,7 +268,7 @@ fn apply<S: Storage + Element>(
     residual: &Option<Noted<'_>>,
     relu: bool,
     y: &Noted<'_>,
-) -> PyResult<()>
+) -> Outcome<()>
 where
     S::Real: Element,
 {
@@ -298,7 +298,7 @@ fn bn_train(
     running_mean: Option<&Array<'_>>,
     running_var: Option<&Array<'_>>,
     y: &Array<'_>,
-) -> PyResult<()> {
+) -> Outcome<()> {
     let mut o = Opening::default();
     let (x, y) = (o.read("x", x)?, o.write("out", y)?);
     let inputs = Inputs {
@@ -342,7 +342,7 @@ fn train<S: Storage + Element>(
     [count, mean, m2]: [Noted<'_>; 3],
     out: Out<'_>,
     y: &Noted<'_>,
-) -> PyResult<()>
+) -> Outcome<()>
 where
     S::Real: Element,
 {

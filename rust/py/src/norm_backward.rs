@@ -1,7 +1,7 @@
 //! Batch norm, backward.
 
 use crate::array::{Checked, Dtype, Element, Noted, Opening};
-use crate::gate::{self, error};
+use crate::gate::{self, Outcome, error};
 use crate::norm::{Array, How, Missing, affine, alike, around, fill, not_data, one};
 use kilter_core::norm::{self, Data, Shape, Sums, Upstream};
 use kilter_core::storage::Storage;
@@ -27,7 +27,7 @@ struct Reads<'a> {
 }
 
 impl<'a> Reads<'a> {
-    fn shape(&self) -> PyResult<Shape> {
+    fn shape(&self) -> Outcome<Shape> {
         alike(Some(&self.dy), &self.x)?;
         alike(self.residual.as_ref(), &self.x)?;
         around(&self.x, self.axis)
@@ -38,7 +38,7 @@ impl<'a> Reads<'a> {
         checked: &Checked,
         shape: Shape,
         missing: &'a Missing<S::Real>,
-    ) -> PyResult<Upstream<'a, S>>
+    ) -> Outcome<Upstream<'a, S>>
     where
         S::Real: Element,
     {
@@ -63,7 +63,7 @@ fn bn_backward_reduce(
     relu: bool,
     sum_dy: &Array<'_>,
     sum_dy_xhat: &Array<'_>,
-) -> PyResult<()> {
+) -> Outcome<()> {
     let mut o = Opening::default();
     let reads = Reads {
         dy: o.read("dy", dy)?,
@@ -90,7 +90,7 @@ fn reduce<S: Storage + Element>(
     checked: &Checked,
     reads: Reads<'_>,
     [sum_dy, sum_dy_xhat]: [Noted<'_>; 2],
-) -> PyResult<()>
+) -> Outcome<()>
 where
     S::Real: Element,
 {
@@ -125,7 +125,7 @@ fn bn_backward_apply(
     sum_dy_xhat: &Array<'_>,
     dx: &Array<'_>,
     dresidual: Option<&Array<'_>>,
-) -> PyResult<()> {
+) -> Outcome<()> {
     let mut o = Opening::default();
     let reads = Reads {
         dy: o.read("dy", dy)?,
@@ -154,7 +154,7 @@ fn backward_apply<S: Storage + Element>(
     reads: Reads<'_>,
     [count, sum_dy, sum_dy_xhat]: [Noted<'_>; 3],
     (dx, dresidual): (Noted<'_>, Option<Noted<'_>>),
-) -> PyResult<()>
+) -> Outcome<()>
 where
     S::Real: Element,
 {
@@ -188,7 +188,7 @@ fn bn_backward(
     sum_dy_xhat: &Array<'_>,
     dx: &Array<'_>,
     dresidual: Option<&Array<'_>>,
-) -> PyResult<()> {
+) -> Outcome<()> {
     let mut o = Opening::default();
     let reads = Reads {
         dy: o.read("dy", dy)?,
@@ -219,7 +219,7 @@ fn backward<S: Storage + Element>(
     count: Noted<'_>,
     [sum_dy, sum_dy_xhat]: [Noted<'_>; 2],
     (dx, dresidual): (Noted<'_>, Option<Noted<'_>>),
-) -> PyResult<()>
+) -> Outcome<()>
 where
     S::Real: Element,
 {

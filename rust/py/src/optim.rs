@@ -1,7 +1,7 @@
 //! Optimizer steps.
 
 use crate::array::{Checked, Dtype, Element, Name, Noted, Opening};
-use crate::gate::{self, error};
+use crate::gate::{self, Outcome, error};
 use kilter_core::Error;
 use kilter_core::kernel::{Kernel, launch};
 use kilter_core::optim::{Prepare, Scan, Scanned, Step, Tensor, Window, named};
@@ -44,7 +44,7 @@ fn step(
     masters: Option<&Bound<'_, PyAny>>,
     h: &Bound<'_, PyAny>,
     flags: u32,
-) -> PyResult<()> {
+) -> Outcome<()> {
     if names.len() != params.len() || grads.len() != params.len() {
         return Err(error(Error::new("grads", format_args!("{} arrays", params.len()), grads.len())));
     }
@@ -60,7 +60,7 @@ fn step(
         noted_params.push(p);
         noted_grads.push(g);
     }
-    let state = state.iter().map(|slot| o.write("state", slot)).collect::<PyResult<Vec<_>>>()?;
+    let state = state.iter().map(|slot| o.write("state", slot)).collect::<Outcome<Vec<_>>>()?;
     let (masters, h) = (o.maybe_write("masters", masters)?, o.read("h", h)?);
     let checked = o.check()?;
     let h = checked.read::<f64>(&h)?;
@@ -75,7 +75,7 @@ fn step(
     }
 }
 
-fn open<T: Real + Element>(py: Python<'_>, checked: &Checked, noting: Noting<'_>, h: &[f64]) -> PyResult<()> {
+fn open<T: Real + Element>(py: Python<'_>, checked: &Checked, noting: Noting<'_>, h: &[f64]) -> Outcome<()> {
     let &[scale, limit, oldest, ref scalars @ ..] = h else {
         return Err(error(Error::new("h", "at least three numbers", h.len())));
     };
@@ -103,7 +103,7 @@ fn open<T: Real + Element>(py: Python<'_>, checked: &Checked, noting: Noting<'_>
 }
 
 /// The elements of an array in the arithmetic of `T`.
-fn read<'a, T: Real + Element>(checked: &Checked, array: &Noted<'a>) -> PyResult<Source<'a, T>> {
+fn read<'a, T: Real + Element>(checked: &Checked, array: &Noted<'a>) -> Outcome<Source<'a, T>> {
     Ok(match (T::DTYPE, array.dtype) {
         (Dtype::F32, Dtype::F16) => Source::F16(checked.read(array)?),
         (Dtype::F32, Dtype::Bf16) => Source::Bf16(checked.read(array)?),
@@ -112,7 +112,7 @@ fn read<'a, T: Real + Element>(checked: &Checked, array: &Noted<'a>) -> PyResult
 }
 
 /// The elements of an array that is written, in the arithmetic of `T`.
-fn written<'a, T: Real + Element>(checked: &Checked, array: &Noted<'a>) -> PyResult<Stored<'a, T>> {
+fn written<'a, T: Real + Element>(checked: &Checked, array: &Noted<'a>) -> Outcome<Stored<'a, T>> {
     Ok(match (T::DTYPE, array.dtype) {
         (Dtype::F32, Dtype::F16) => Stored::F16(checked.write(array)?),
         (Dtype::F32, Dtype::Bf16) => Stored::Bf16(checked.write(array)?),
@@ -121,7 +121,7 @@ fn written<'a, T: Real + Element>(checked: &Checked, array: &Noted<'a>) -> PyRes
 }
 
 /// The rows of a state array, the oldest first.
-fn window<T: Real>(array: Stored<'_, T>, rows: usize, len: usize, oldest: f64) -> PyResult<Window<'_, T>> {
+fn window<T: Real>(array: Stored<'_, T>, rows: usize, len: usize, oldest: f64) -> Outcome<Window<'_, T>> {
     if !(0.0..rows as f64).contains(&oldest) {
         return Err(error(Error::new("h", format_args!("the number of one of {rows} rows"), oldest)));
     }
@@ -142,13 +142,13 @@ fn grad_scan(
     names: Vec<Bound<'_, PyString>>,
     grads: Arrays<'_>,
     out: &Bound<'_, PyAny>,
-) -> PyResult<()> {
+) -> Outcome<()> {
     let mut o = Opening::default();
     let grads = names
         .iter()
         .zip(&grads)
         .map(|(name, g)| o.read(Name::of("grads", name.to_str()?), g))
-        .collect::<PyResult<Vec<_>>>()?;
+        .collect::<Outcome<Vec<_>>>()?;
     let out = o.write("out", out)?;
     let checked = o.check()?;
     let [squares, finite] = checked.write::<f64>(&out)? else {
@@ -160,7 +160,7 @@ fn grad_scan(
     Ok(())
 }
 
-fn scan<T: Real + Element>(py: Python<'_>, checked: &Checked, grads: &[&Noted<'_>]) -> PyResult<Scanned> {
-    let grads = grads.iter().map(|g| read::<T>(checked, g)).collect::<PyResult<Vec<_>>>()?;
+fn scan<T: Real + Element>(py: Python<'_>, checked: &Checked, grads: &[&Noted<'_>]) -> Outcome<Scanned> {
+    let grads = grads.iter().map(|g| read::<T>(checked, g)).collect::<Outcome<Vec<_>>>()?;
     gate::run(py, || Ok(launch(Scan::new(grads))))
 }

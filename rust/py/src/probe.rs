@@ -1,7 +1,7 @@
 //! The yardsticks.
 
 use crate::array::Opening;
-use crate::gate;
+use crate::gate::{self, Outcome};
 use kilter_core::kernel::launch;
 use kilter_core::probe::{Copy, Update};
 use pyo3::prelude::*;
@@ -13,7 +13,7 @@ pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
 }
 
 #[pyfunction]
-fn probe_copy(py: Python<'_>, source: &Bound<'_, PyAny>, target: &Bound<'_, PyAny>) -> PyResult<()> {
+fn probe_copy(py: Python<'_>, source: &Bound<'_, PyAny>, target: &Bound<'_, PyAny>) -> Outcome<()> {
     let mut o = Opening::default();
     let (source, target) = (o.read("source", source)?, o.write("target", target)?);
     let checked = o.check()?;
@@ -25,13 +25,13 @@ fn probe_copy(py: Python<'_>, source: &Bound<'_, PyAny>, target: &Bound<'_, PyAn
 }
 
 #[pyfunction]
-fn probe_update(py: Python<'_>, inputs: Vec<Bound<'_, PyAny>>, arrays: Vec<Bound<'_, PyAny>>) -> PyResult<()> {
+fn probe_update(py: Python<'_>, inputs: Vec<Bound<'_, PyAny>>, arrays: Vec<Bound<'_, PyAny>>) -> Outcome<()> {
     let mut o = Opening::default();
-    let inputs = inputs.iter().map(|input| o.read("inputs", input)).collect::<PyResult<Vec<_>>>()?;
-    let arrays = arrays.iter().map(|array| o.write("arrays", array)).collect::<PyResult<Vec<_>>>()?;
+    let inputs = inputs.iter().map(|input| o.read("inputs", input)).collect::<Outcome<Vec<_>>>()?;
+    let arrays = arrays.iter().map(|array| o.write("arrays", array)).collect::<Outcome<Vec<_>>>()?;
     let checked = o.check()?;
-    let arrays = arrays.iter().map(|array| checked.write(array)).collect::<PyResult<Vec<_>>>()?;
-    let inputs = inputs.iter().map(|input| checked.read(input)).collect::<PyResult<Vec<_>>>()?;
+    let arrays = arrays.iter().map(|array| checked.write(array)).collect::<Outcome<Vec<_>>>()?;
+    let inputs = inputs.iter().map(|input| checked.read(input)).collect::<Outcome<Vec<_>>>()?;
     gate::run(py, || {
         launch(Update::new(inputs, arrays)?);
         Ok(())

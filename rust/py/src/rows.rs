@@ -1,7 +1,7 @@
 //! Layer norm and RMS norm.
 
 use crate::array::{Checked, Dtype, Element, Noted, Opening};
-use crate::gate::{self, error};
+use crate::gate::{self, Outcome, error};
 use crate::norm::{Array, Missing, alike, fill, not_data, one};
 use kilter_core::kernel::launch;
 use kilter_core::norm::rows::{Backward, Forward, Residual};
@@ -16,7 +16,7 @@ pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
 }
 
 /// How long the rows of a matrix are.
-fn width(x: &Noted<'_>) -> PyResult<usize> {
+fn width(x: &Noted<'_>) -> Outcome<usize> {
     match *x.shape() {
         [_, width] => Ok(width),
         _ => Err(error(Error::new("x", "2 axes", format_args!("{:?}", x.shape())))),
@@ -24,7 +24,7 @@ fn width(x: &Noted<'_>) -> PyResult<usize> {
 }
 
 /// Two that are there together, or neither.
-fn both<T>(names: &str, one: Option<T>, other: Option<T>) -> PyResult<Option<[T; 2]>> {
+fn both<T>(names: &str, one: Option<T>, other: Option<T>) -> Outcome<Option<[T; 2]>> {
     match (one, other) {
         (Some(one), Some(other)) => Ok(Some([one, other])),
         (None, None) => Ok(None),
@@ -45,7 +45,7 @@ fn ln_forward(
     rstd: &Array<'_>,
     sum: Option<&Array<'_>>,
     y: &Array<'_>,
-) -> PyResult<()> {
+) -> Outcome<()> {
     let mut o = Opening::default();
     let (x, y) = (o.read("x", x)?, o.write("out", y)?);
     let reads = Reads {
@@ -86,7 +86,7 @@ fn forward<S: Storage + Element>(
     rstd: &Noted<'_>,
     sum: &Option<Noted<'_>>,
     y: &Noted<'_>,
-) -> PyResult<()>
+) -> Outcome<()>
 where
     S::Real: Element,
 {
@@ -123,7 +123,7 @@ fn ln_backward(
     sum_dy: &Array<'_>,
     sum_dy_xhat: &Array<'_>,
     dx: &Array<'_>,
-) -> PyResult<()> {
+) -> Outcome<()> {
     let mut o = Opening::default();
     let (x, dy, dsum) = (o.read("x", x)?, o.read("dy", dy)?, o.maybe("dsum", dsum)?);
     let (gamma, rstd) = (o.maybe("gamma", gamma)?, o.read("rstd", rstd)?);
@@ -151,7 +151,7 @@ fn backward<S: Storage + Element>(
     rstd: &Noted<'_>,
     dsum: &Option<Noted<'_>>,
     [sum_dy, sum_dy_xhat, dx]: [Noted<'_>; 3],
-) -> PyResult<()>
+) -> Outcome<()>
 where
     S::Real: Element,
 {

@@ -1,7 +1,7 @@
 //! Running statistics.
 
 use crate::array::{Checked, Dtype, Element, Noted, Opening};
-use crate::gate::{self, error};
+use crate::gate::{self, Outcome, error};
 use kilter_core::ema::Ema;
 use kilter_core::storage::Storage;
 use kilter_core::{Error, bf16, f16};
@@ -13,7 +13,7 @@ pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
 }
 
 #[pyfunction]
-fn ema(py: Python<'_>, s: &Bound<'_, PyAny>, x: &Bound<'_, PyAny>, h: &Bound<'_, PyAny>) -> PyResult<()> {
+fn ema(py: Python<'_>, s: &Bound<'_, PyAny>, x: &Bound<'_, PyAny>, h: &Bound<'_, PyAny>) -> Outcome<()> {
     let mut o = Opening::default();
     let (s, x, h) = (o.write("s", s)?, o.read("x", x)?, o.read("h", h)?);
     let checked = o.check()?;
@@ -33,7 +33,7 @@ fn move_towards<S: Storage + Element>(
     s: &Noted<'_>,
     x: &Noted<'_>,
     momentum: f64,
-) -> PyResult<()>
+) -> Outcome<()>
 where
     S::Real: Element,
 {

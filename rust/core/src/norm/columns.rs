@@ -6,7 +6,7 @@
 
 use super::{Affine, Data, Shape, centred, floor, floored, start};
 use crate::kernel::Kernel;
-use crate::lanes::{LANES, Stores, loads, map};
+use crate::lanes::{LANES, Stores, loads, map, steps};
 use crate::moments::{Channels, LOOKS, again, conclude, guess, inverse};
 use crate::real::Real;
 use crate::simd::{self, Level};
@@ -97,7 +97,7 @@ impl<R: Real, const M: usize> ColumnSums<R, M> {
             let part = x.map(|x| &x[row * stride..]);
             let weights = weights.map(|w| &w[row..row + rows]);
             add_rows(level, part, rows, stride, v, weights, self.chain(), &f);
-            self.empty();
+            self.empty(level);
             row += rows;
         }
     }
@@ -110,30 +110,49 @@ impl<R: Real, const M: usize> ColumnSums<R, M> {
 
     /// Adds the sums of a chain to those in float64.
     #[inline(always)]
-    pub(super) fn empty(&mut self) {
-        for m in 0..M {
-            widen(&self.narrow[m], &mut self.wide[m]);
-            self.narrow[m].fill(R::ZERO);
+    pub(super) fn empty(&mut self, level: Level) {
+        for (narrow, wide) in self.narrow.iter_mut().zip(&mut self.wide) {
+            simd::enter(level, Empty { narrow, wide });
         }
     }
 }
 
-/// `wide += narrow`.
-#[inline(always)]
-fn widen<R: Real>(narrow: &[R], wide: &mut [f64]) {
-    let mut groups = wide.chunks_exact_mut(LANES);
-    let mut c = 0;
-    for wide in &mut groups {
-        let lanes: [R; LANES] = R::load(&narrow[c..c + LANES]);
-        for l in 0..LANES {
-            wide[l] += lanes[l].to_f64();
+/// `wide += narrow; narrow = 0`. A part of other kernels: it is not split.
+struct Empty<'a, R> {
+    narrow: &'a mut [R],
+    wide: &'a mut [f64],
+}
+
+impl<R: Real> Kernel for Empty<'_, R> {
+    type Out = ();
+
+    fn bytes(&self) -> usize {
+        size_of_val(self.narrow) + size_of_val(self.wide)
+    }
+
+    fn halve(self) -> Result<(Self, Self), Self> {
+        Err(self)
+    }
+
+    #[inline(always)]
+    fn run(self, _: Level) {
+        let Self { narrow, wide } = self;
+        let (mut groups, mut c) = (wide.chunks_exact_mut(LANES), 0);
+        for wide in &mut groups {
+            let lanes: [R; LANES] = R::load(&narrow[c..c + LANES]);
+            for l in 0..LANES {
+                wide[l] += lanes[l].to_f64();
+            }
+            c += LANES;
         }
-        c += LANES;
+        for wide in groups.into_remainder() {
+            *wide += narrow[c].to_f64();
+            c += 1;
+        }
+        narrow.fill(R::ZERO);
     }
-    for wide in groups.into_remainder() {
-        *wide += narrow[c].to_f64();
-        c += 1;
-    }
+
+    fn merge(_: (), _: ()) {}
 }
 
 /// Adds `f(x[..][r][c], v[..][c], w[r])` to `sums[..][c]`, for each row r in order.
@@ -297,8 +316,8 @@ impl<S: Storage, const WEIGHTED: bool> Kernel for Stats<'_, S, WEIGHTED> {
     #[inline(always)]
     fn run(self, level: Level) -> Channels {
         let mut all = Channels::empty(0, 0);
-        for first in (0..self.width).step_by(TILE) {
-            all.append(self.tile(level, first..self.width.min(first + TILE)));
+        for columns in steps(0..self.width, TILE) {
+            all.append(self.tile(level, columns));
         }
         all
     }
@@ -331,15 +350,16 @@ impl<S: Storage, const WEIGHTED: bool> Stats<'_, S, WEIGHTED> {
             about.copy_from_slice(&guessed);
             for look in 0..LOOKS {
                 sums.clear();
-                match weights {
-                    None => sums.add(level, [x], [&about], None, move |[x], [about], _| {
-                        let d = x - about;
-                        [d, d * d]
-                    }),
-                    Some(_) => sums.add(level, [x], [&about], weights, move |[x], [about], w| {
+                if WEIGHTED {
+                    sums.add(level, [x], [&about], weights, move |[x], [about], w| {
                         let d = if w == zero { zero } else { x - about };
                         [w * d, w * d * d]
-                    }),
+                    });
+                } else {
+                    sums.add(level, [x], [&about], None, move |[x], [about], _| {
+                        let d = x - about;
+                        [d, d * d]
+                    });
                 }
                 let [first, second] = &sums.wide;
                 let (first, second) = (&first[..width], &second[..width]);

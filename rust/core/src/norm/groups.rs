@@ -9,7 +9,7 @@ use super::region::cut;
 use super::{Affine, Data, Shape, centred, columns, planes, small, start};
 use crate::error::{Error, length};
 use crate::kernel::Kernel;
-use crate::lanes::{Stores, map};
+use crate::lanes::{Stores, map, steps};
 use crate::moments::Channels;
 use crate::real::{Real, split};
 use crate::simd::Level;
@@ -274,8 +274,7 @@ impl<S: Storage> Kernel for Forward<'_, S> {
     #[inline(always)]
     fn run(mut self, _: Level) {
         let (groups, step) = (self.mean.len(), self.shape.chunk(size_of::<S>()));
-        for k in (0..groups).step_by(step) {
-            let chunk = k..(k + step).min(groups);
+        for chunk in steps(0..groups, step) {
             if self.shape.last { self.rows(chunk) } else { self.runs(chunk) }
         }
     }

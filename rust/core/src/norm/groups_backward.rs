@@ -12,7 +12,7 @@ use super::{
 };
 use crate::error::{Error, length};
 use crate::kernel::{Kernel, launch};
-use crate::lanes::{Stores, Sum, map, map_add};
+use crate::lanes::{Stores, Sum, map, map_add, steps};
 use crate::real::Real;
 use crate::simd::Level;
 use crate::storage::Storage;
@@ -163,8 +163,8 @@ impl<S: Storage> Kernel for Backward<'_, S> {
     fn run(mut self, _: Level) -> Sums {
         let (groups, step) = (self.reads.mean.len(), self.shape.chunk(2 * size_of::<S>()));
         let mut total = Sums::zero(0, self.reads.gamma.len());
-        for k in (0..groups).step_by(step) {
-            self.chunk(k..(k + step).min(groups), &mut total);
+        for chunk in steps(0..groups, step) {
+            self.chunk(chunk, &mut total);
         }
         total
     }
@@ -210,11 +210,10 @@ impl<S: Storage> Kernel for Places<'_, S> {
         let (groups, chain, step) = (mean.len(), CHAIN * places / count, rows::group(2 * count * size_of::<S>()));
         let mut sums = ColumnSums::<S::Real, 2>::new(places);
         let mut found = [[0.0; 2]; rows::GROUP];
-        for from in (0..groups).step_by(chain) {
-            let end = groups.min(from + chain);
-            for first in (from..end).step_by(step) {
+        for all in steps(0..groups, chain) {
+            for chunk in steps(all, step) {
                 // The loops of a few short groups run beside the arithmetic between.
-                let chunk = first..end.min(first + step);
+                let first = chunk.start;
                 let saved = saved(count, &mean[chunk.clone()], &m2[chunk], eps);
                 for (k, [hi, lo, rstd]) in saved.iter().copied().enumerate() {
                     let (at, place) = ((first + k) * count, (first + k) * count % places);
@@ -224,7 +223,7 @@ impl<S: Storage> Kernel for Places<'_, S> {
                         let g = dy * gamma;
                         [g, g * (centred(x, hi, lo) * rstd)]
                     });
-                    found[k] = sum.total();
+                    found[k] = sum.total(level);
                 }
                 for (k, [hi, lo, rstd, mean, slope]) in slopes(&saved, &found, count).into_iter().enumerate() {
                     let (at, place) = ((first + k) * count, (first + k) * count % places);
@@ -237,7 +236,7 @@ impl<S: Storage> Kernel for Places<'_, S> {
                     });
                 }
             }
-            sums.empty();
+            sums.empty(level);
         }
         let [dy, dy_xhat] = sums.wide;
         Sums { first: 0, dy, dy_xhat }

@@ -13,6 +13,7 @@ pub mod groups;
 mod groups_backward;
 pub mod planes;
 mod planes_backward;
+mod planes_write;
 mod region;
 pub mod rows;
 mod rows_backward;
@@ -143,15 +144,18 @@ impl<R: Real> Statistics<'_, R> {
         Ok(())
     }
 
-    #[inline(always)]
-    fn put(&mut self, c: usize, count: f64, mean: f64, m2: f64, finish: Finish) {
-        let var = m2 / count;
-        (self.hi[c], self.lo[c]) = split(mean);
-        self.rstd[c] = R::from_f64(1.0 / (var + finish.eps).sqrt());
-        if let Some((running_mean, running_var)) = &mut self.running {
-            let var = if finish.unbiased { m2 / (count - 1.0) } else { var };
-            running_mean[c] = crate::ema::mix(running_mean[c], mean, finish.momentum);
-            running_var[c] = crate::ema::mix(running_var[c], var, finish.momentum);
+    /// Of channels from `first` on. Not inlined: once for many elements.
+    #[inline(never)]
+    fn put(&mut self, first: usize, count: f64, mean: &[f64], m2: &[f64], finish: Finish) {
+        for (c, (&mean, &m2)) in (first..).zip(mean.iter().zip(m2)) {
+            let var = m2 / count;
+            (self.hi[c], self.lo[c]) = split(mean);
+            self.rstd[c] = R::from_f64(1.0 / (var + finish.eps).sqrt());
+            if let Some((running_mean, running_var)) = &mut self.running {
+                let var = if finish.unbiased { m2 / (count - 1.0) } else { var };
+                running_mean[c] = crate::ema::mix(running_mean[c], mean, finish.momentum);
+                running_var[c] = crate::ema::mix(running_var[c], var, finish.momentum);
+            }
         }
     }
 }
@@ -185,9 +189,7 @@ pub fn finish<R: Real>(
 ) -> Result<(), Error> {
     length("m2", m2, mean.len())?;
     out.check(mean.len())?;
-    for c in 0..mean.len() {
-        out.put(c, count, mean[c], m2[c], rule);
-    }
+    out.put(0, count, mean, m2, rule);
     Ok(())
 }
 
@@ -211,7 +213,7 @@ pub fn apply<S: Storage>(
         let vectors = small::Vectors::new(affine, shape.inner);
         columns::apply(x, matrix, vectors.affine(), residual, relu, y);
     } else {
-        planes::apply(x, shape, affine, residual, relu, y);
+        planes_write::apply(x, shape, affine, residual, relu, y);
     }
     Ok(())
 }
@@ -239,9 +241,7 @@ pub fn train<S: Storage>(
         return Ok(launch(planes::Train::new(data, rule, gamma, beta, residual, relu, out, y)));
     }
     let moments = stats(data);
-    for c in 0..shape.channels {
-        out.put(c, moments.count, moments.mean[c], moments.m2[c], rule);
-    }
+    out.put(0, moments.count, &moments.mean, &moments.m2, rule);
     let affine = Affine { hi: out.hi, lo: out.lo, rstd: out.rstd, gamma, beta };
     apply(data.x, shape, affine, residual, relu, y)?;
     Ok(moments)

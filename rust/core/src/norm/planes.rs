@@ -4,41 +4,19 @@
 //! Small planes are walked in tiles of adjacent channels, so that memory is read in longer runs; what is added to what
 //! does not depend on the tile.
 
-use super::region::{Block, Region, Samples, TILE, cut, pieces, tile, tiles};
-use super::{Affine, Data, Finish, Shape, Statistics, centred, floor, floored};
-use crate::kernel::{Kernel, launch};
-use crate::lanes::{Stores, Sum, map};
+use super::planes_write::Write;
+use super::region::{Block, Region, Samples, TILE, tile};
+use super::{Affine, Data, Finish, Statistics, floor};
+use crate::kernel::Kernel;
+use crate::lanes::{Stores, Sum, steps};
 use crate::moments::{Channels, LOOKS, again, conclude, guess, inverse};
 use crate::real::Real;
-use crate::simd::Level;
+use crate::simd::{self, Level};
 use crate::storage::Storage;
 use std::ops::Range;
 
 /// Tiles of up to this many bytes are still in the second cache when the tile after them has been read.
 const LAG_BYTES: usize = 512 << 10;
-
-/// What has a turn after every run that is read.
-trait Meanwhile<S> {
-    /// Whether there is something to do for channel t of the tile.
-    fn waits(&self, t: usize) -> bool;
-
-    /// The run was of sample n, channel t of the tile; memory is to fetch `ahead`. `#[inline(always)]` on every
-    /// implementation: see [`Kernel::run`].
-    fn turn(&mut self, level: Level, n: usize, t: usize, places: Range<usize>, ahead: &[S]);
-}
-
-/// Reading and nothing else.
-struct Nothing;
-
-impl<S> Meanwhile<S> for Nothing {
-    #[inline(always)]
-    fn waits(&self, _: usize) -> bool {
-        false
-    }
-
-    #[inline(always)]
-    fn turn(&mut self, _: Level, _: usize, _: usize, _: Range<usize>, _: &[S]) {}
-}
 
 /// The moments of every channel.
 pub struct Stats<'a, S: Storage, const WEIGHTED: bool> {
@@ -52,117 +30,15 @@ impl<'a, S: Storage, const WEIGHTED: bool> Stats<'a, S, WEIGHTED> {
         Self { data, region: Region::all(data.shape, size_of::<S>()) }
     }
 
-    /// Adds the moments of a block of the channels `tile`, at most [`TILE`] of them, to `state`, whose first channel is
-    /// `tile.start`. Memory fetches the block `next` while this is done, and `meanwhile` has its turns.
-    #[inline(always)]
-    fn block(
+    /// The moments of some channels. The `write` has a turn after every run that is read: reads and writes overlap.
+    fn of(
         &self,
         level: Level,
-        tile: &Range<usize>,
-        block: &Block,
-        next: Option<&Block>,
+        channels: Range<usize>,
         sums: &mut [Sum<S::Real, 2>; TILE],
-        state: &mut Channels,
-        meanwhile: &mut impl Meanwhile<S>,
-    ) {
-        let count = match self.data.weights {
-            Some(weights) if WEIGHTED => self.weight(level, block, weights),
-            _ => (block.0.len() * block.1.len()) as f64,
-        };
-        let inverse = inverse(count);
-        let mut guessed = [S::Real::ZERO; TILE];
-        for t in 0..tile.len() {
-            guessed[t] = guess::<S>(state.count, state.mean[t], state.m2[t]);
-        }
-        let mut about = guessed;
-        let (mut mean, mut m2) = ([0.0; TILE], [0.0; TILE]);
-        for look in 0..LOOKS {
-            match look {
-                0 => self.look(level, tile, block, next, &about, sums, meanwhile),
-                _ => self.look_again(level, tile, block, &about, sums),
-            }
-            let mut unsettled = false;
-            for t in 0..tile.len() {
-                let [first, second] = sums[t].total();
-                let (moments, wavers) = conclude(count, inverse, about[t], first, second);
-                (mean[t], m2[t]) = (moments.mean, moments.m2);
-                if wavers {
-                    about[t] = again::<S>(look, guessed[t], mean[t]);
-                    unsettled = true;
-                }
-            }
-            if !unsettled {
-                break;
-            }
-        }
-        state.absorb(count, &mean[..tile.len()], &m2[..tile.len()]);
-    }
-
-    /// Sums the differences from `about` and their squares.
-    #[inline(always)]
-    fn look(
-        &self,
-        level: Level,
-        tile: &Range<usize>,
-        (planes, inner): &Block,
-        next: Option<&Block>,
-        about: &[S::Real; TILE],
-        sums: &mut [Sum<S::Real, 2>; TILE],
-        meanwhile: &mut impl Meanwhile<S>,
-    ) {
-        sums[..tile.len()].fill(Sum::ZERO);
-        for n in planes.clone() {
-            for t in 0..tile.len() {
-                let c = tile.start + t;
-                let run = &self.data.x[self.region.at(n, c, inner)];
-                let ahead = match next {
-                    Some((next, places)) if n - planes.start < next.len() => {
-                        &self.data.x[self.region.at(next.start + n - planes.start, c, places)]
-                    }
-                    _ => &[],
-                };
-                // Most of it while something is written: reads and writes overlap.
-                let (ahead, later) = ahead.split_at(if meanwhile.waits(t) { ahead.len() / 4 } else { ahead.len() });
-                let (sum, about) = (&mut sums[t], about[t]);
-                match self.data.weights {
-                    Some(weights) if WEIGHTED => {
-                        let w = &weights[self.region.weight_at(n, inner)];
-                        sum.add(level, [run], [w], [], move |[x], [w]| {
-                            let d = if w == S::Real::ZERO { w } else { x - about };
-                            [w * d, w * d * d]
-                        });
-                    }
-                    _ => sum.add(level, [run], [], [ahead], move |[x], []| {
-                        let d = x - about;
-                        [d, d * d]
-                    }),
-                }
-                meanwhile.turn(level, n, t, inner.clone(), later);
-            }
-        }
-    }
-
-    /// The same once more. Not inlined, as it is rare; `level` still says what the CPU has.
-    #[inline(never)]
-    fn look_again(
-        &self,
-        level: Level,
-        tile: &Range<usize>,
-        block: &Block,
-        about: &[S::Real; TILE],
-        sums: &mut [Sum<S::Real, 2>; TILE],
-    ) {
-        self.look(level, tile, block, None, about, sums, &mut Nothing);
-    }
-
-    /// The sum of the weights of a block.
-    #[inline(always)]
-    fn weight(&self, level: Level, (planes, inner): &Block, weights: &[S::Real]) -> f64 {
-        let mut sum = Sum::<S::Real, 1>::ZERO;
-        for n in planes.clone() {
-            sum.add(level, [&weights[self.region.weight_at(n, inner)]], [], [], |[w], []| [w]);
-        }
-        sum.total()[0]
+        write: Option<Write<'_, S>>,
+    ) -> Channels {
+        simd::enter(level, Tiles::<S, WEIGHTED> { data: self.data, region: &self.region, channels, sums, write })
     }
 }
 
@@ -186,13 +62,45 @@ impl<S: Storage, const WEIGHTED: bool> Kernel for Stats<'_, S, WEIGHTED> {
     #[inline(always)]
     fn run(self, level: Level) -> Channels {
         let channels = self.region.channels.clone();
-        let mut all = Channels::empty(channels.start, 0);
-        let mut sums = [Sum::ZERO; TILE];
-        for tile in tiles(&channels, tile(self.data.shape, size_of::<S>())) {
+        self.of(level, channels, &mut [Sum::ZERO; TILE], None)
+    }
+
+    fn merge(left: Channels, right: Channels) -> Channels {
+        left.merge(right)
+    }
+}
+
+/// The moments of some adjacent channels. A part of other kernels: it is not split.
+struct Tiles<'a, 'b, S: Storage, const WEIGHTED: bool> {
+    data: Data<'a, S>,
+    region: &'b Region,
+    channels: Range<usize>,
+    sums: &'b mut [Sum<S::Real, 2>; TILE],
+    /// Without weights, and where the channels are one tile.
+    write: Option<Write<'b, S>>,
+}
+
+impl<S: Storage, const WEIGHTED: bool> Kernel for Tiles<'_, '_, S, WEIGHTED> {
+    type Out = Channels;
+
+    const TOP: Level = if WEIGHTED { Level::Avx2 } else { S::TOP };
+
+    fn bytes(&self) -> usize {
+        self.channels.len() * self.data.shape.count() * size_of::<S>()
+    }
+
+    fn halve(self) -> Result<(Self, Self), Self> {
+        Err(self)
+    }
+
+    #[inline(always)]
+    fn run(mut self, level: Level) -> Channels {
+        let mut all = Channels::empty(self.channels.start, 0);
+        for tile in steps(self.channels.clone(), tile(self.data.shape, size_of::<S>())) {
             let mut state = Channels::empty(tile.start, tile.len());
             let mut blocks = self.region.blocks().peekable();
             while let Some(block) = blocks.next() {
-                self.block(level, &tile, &block, blocks.peek(), &mut sums, &mut state, &mut Nothing);
+                self.block(level, &tile, &block, blocks.peek(), &mut state);
             }
             all.append(state);
         }
@@ -204,89 +112,98 @@ impl<S: Storage, const WEIGHTED: bool> Kernel for Stats<'_, S, WEIGHTED> {
     }
 }
 
-/// Writes `y` for a run of channel c.
-#[inline(always)]
-fn normalise<S: Storage>(
-    level: Level,
-    x: &[S],
-    residual: Option<&[S]>,
-    [hi, lo, rstd, gamma, beta]: [S::Real; 5],
-    floor: S::Real,
-    y: &mut [S],
-    stores: Stores,
-    ahead: &[S],
-) {
-    let scale = gamma * rstd;
-    match residual {
-        None => map(level, [x], [], [y], stores, [ahead], move |[x], []| {
-            [floored(centred(x, hi, lo) * scale + beta, floor)]
-        }),
-        Some(r) => map(level, [x, r], [], [y], stores, [ahead], move |[x, r], []| {
-            [floored(centred(x, hi, lo) * scale + beta + r, floor)]
-        }),
-    }
-}
-
-/// The normalised array: elements `start..start + y.len()`.
-struct Apply<'a, S: Storage> {
-    x: &'a [S],
-    residual: Option<&'a [S]>,
-    affine: Affine<'a, S::Real>,
-    floor: S::Real,
-    shape: Shape,
-    start: usize,
-    stores: Stores,
-    y: &'a mut [S],
-}
-
-/// See [`super::apply`], which checks the lengths.
-pub(super) fn apply<S: Storage>(
-    x: &[S],
-    shape: Shape,
-    affine: Affine<'_, S::Real>,
-    residual: Option<&[S]>,
-    relu: bool,
-    y: &mut [S],
-) {
-    let stores = Stores::joined(y, shape.inner);
-    launch(Apply { x, residual, affine, floor: floor(relu), shape, start: 0, stores, y });
-}
-
-impl<S: Storage> Kernel for Apply<'_, S> {
-    type Out = ();
-
-    const TOP: Level = S::TOP;
-
-    fn bytes(&self) -> usize {
-        size_of_val(self.x) + size_of_val(self.y) + self.residual.map_or(0, size_of_val)
-    }
-
-    fn halve(self) -> Result<(Self, Self), Self> {
-        let Some(at) = cut(self.y.len()) else { return Err(self) };
-        let (x, y) = (self.x.split_at(at), self.y.split_at_mut(at));
-        let residual = self.residual.map(|r| r.split_at(at));
-        let left = Self { x: x.0, y: y.0, residual: residual.map(|r| r.0), ..self };
-        Ok((left, Self { x: x.1, y: y.1, residual: residual.map(|r| r.1), start: self.start + at, ..self }))
-    }
-
+impl<S: Storage, const WEIGHTED: bool> Tiles<'_, '_, S, WEIGHTED> {
+    /// Adds the moments of a block to `state`. Memory fetches the block `next` while this is done.
     #[inline(always)]
-    fn run(self, level: Level) {
-        for (c, run) in pieces(self.shape, self.start, self.y.len()) {
-            let residual = self.residual.map(|r| &r[run.clone()]);
-            normalise(
-                level,
-                &self.x[run.clone()],
-                residual,
-                self.affine.one(c),
-                self.floor,
-                &mut self.y[run],
-                self.stores,
-                &[],
-            );
+    fn block(&mut self, level: Level, tile: &Range<usize>, block: &Block, next: Option<&Block>, state: &mut Channels) {
+        let n = tile.len();
+        let count = match self.data.weights {
+            Some(weights) if WEIGHTED => self.weight(level, block, weights),
+            _ => (block.0.len() * block.1.len()) as f64,
+        };
+        let inverse = inverse(count);
+        let mut guessed = [S::Real::ZERO; TILE];
+        for t in 0..n {
+            guessed[t] = guess::<S>(state.count, state.mean[t], state.m2[t]);
+        }
+        let mut about = guessed;
+        let (mut mean, mut m2) = ([0.0; TILE], [0.0; TILE]);
+        for look in 0..LOOKS {
+            self.look(level, look == 0, tile, block, next, &about);
+            let mut unsettled = false;
+            for t in 0..n {
+                let [first, second] = self.sums[t].total(level);
+                let (moments, wavers) = conclude(count, inverse, about[t], first, second);
+                (mean[t], m2[t]) = (moments.mean, moments.m2);
+                if wavers {
+                    about[t] = again::<S>(look, guessed[t], mean[t]);
+                    unsettled = true;
+                }
+            }
+            if !unsettled {
+                break;
+            }
+        }
+        state.absorb(count, &mean[..n], &m2[..n]);
+    }
+
+    /// Sums the differences from `about` and their squares. The `first` time, memory fetches what is next and the write has
+    /// its turns.
+    #[inline(always)]
+    fn look(
+        &mut self,
+        level: Level,
+        first: bool,
+        tile: &Range<usize>,
+        (planes, inner): &Block,
+        next: Option<&Block>,
+        about: &[S::Real; TILE],
+    ) {
+        let Self { data, region, sums, write, .. } = self;
+        let mut write = write.as_mut().filter(|_| first && !WEIGHTED);
+        sums[..tile.len()].fill(Sum::ZERO);
+        for n in planes.clone() {
+            for t in 0..tile.len() {
+                let c = tile.start + t;
+                let run = &data.x[region.at(n, c, inner)];
+                let ahead = match next {
+                    Some((next, places)) if first && n - planes.start < next.len() => {
+                        &data.x[region.at(next.start + n - planes.start, c, places)]
+                    }
+                    _ => &[],
+                };
+                // Most of it while something is written.
+                let waits = write.as_ref().is_some_and(|write| t < write.channels);
+                let (ahead, later) = ahead.split_at(if waits { ahead.len() / 4 } else { ahead.len() });
+                let (sum, about) = (&mut sums[t], about[t]);
+                if WEIGHTED {
+                    let w = &data.weights.unwrap_or(&[])[region.weight_at(n, inner)];
+                    sum.add(level, [run], [w], [], move |[x], [w]| {
+                        let d = if w == S::Real::ZERO { w } else { x - about };
+                        [w * d, w * d * d]
+                    });
+                } else {
+                    sum.add(level, [run], [], [ahead], move |[x], []| {
+                        let d = x - about;
+                        [d, d * d]
+                    });
+                }
+                if let Some(write) = write.as_mut().filter(|_| waits) {
+                    write.turn(level, n, t, inner, later);
+                }
+            }
         }
     }
 
-    fn merge(_: (), _: ()) {}
+    /// The sum of the weights of a block.
+    #[inline(always)]
+    fn weight(&self, level: Level, (planes, inner): &Block, weights: &[S::Real]) -> f64 {
+        let mut sum = Sum::<S::Real, 1>::ZERO;
+        for n in planes.clone() {
+            sum.add(level, [&weights[self.region.weight_at(n, inner)]], [], [], |[w], []| [w]);
+        }
+        sum.total(level)[0]
+    }
 }
 
 /// Statistics and normalised array in one pass over memory, without weights: each tile of channels stays in cache in
@@ -321,45 +238,29 @@ impl<'a, S: Storage> Train<'a, S> {
     }
 }
 
-/// Writes the channels of a tile, of which the statistics are known; `first` is the first channel of this part.
-struct Write<'a, 'b, S: Storage> {
-    stats: &'a Stats<'b, S, false>,
-    affine: Affine<'a, S::Real>,
-    residual: Option<&'a [S]>,
-    floor: S::Real,
-    stores: Stores,
-    tile: Range<usize>,
-    first: usize,
-    y: &'a mut Samples<'b, S>,
-}
-
-impl<'a, S: Storage> Train<'a, S> {
-    /// What writes the channels `tile`.
-    #[inline(always)]
-    fn write(&mut self, tile: &Range<usize>, first: usize) -> (&Stats<'a, S, false>, Write<'_, 'a, S>) {
-        let Self { stats, gamma, beta, residual, floor, stores, out: Statistics { hi, lo, rstd, .. }, y, .. } = self;
-        let affine = Affine { hi, lo, rstd, gamma, beta };
-        let (residual, floor, stores, tile) = (*residual, *floor, *stores, tile.clone());
-        (stats, Write { stats, affine, residual, floor, stores, tile, first, y })
-    }
-}
-
-impl<S: Storage> Meanwhile<S> for Write<'_, '_, S> {
-    #[inline(always)]
-    fn waits(&self, t: usize) -> bool {
-        t < self.tile.len()
-    }
-
-    #[inline(always)]
-    fn turn(&mut self, level: Level, n: usize, t: usize, places: Range<usize>, ahead: &[S]) {
-        if t >= self.tile.len() {
-            return;
+impl<S: Storage> Train<'_, S> {
+    /// What writes the channels `some`, of which the statistics are known. Memory fetches the channels `step` further on.
+    fn write(&mut self, some: &Range<usize>, step: usize) -> Write<'_, S> {
+        let Self { gamma, beta, residual, floor, stores, out: Statistics { hi, lo, rstd, .. }, .. } = self;
+        let (Data { x, shape, .. }, all) = (self.stats.data, &self.stats.region.channels);
+        let part = some.start - all.start..some.end - all.start;
+        let [hi, lo, rstd] = [hi, lo, rstd].map(|v| &v[part.clone()]);
+        let [gamma, beta] = [gamma, beta].map(|v| &v[part.clone()]);
+        Write {
+            x,
+            residual: *residual,
+            from: 0,
+            affine: Affine { hi, lo, rstd, gamma, beta },
+            first: some.start,
+            floor: *floor,
+            shape,
+            start: some.start * shape.inner,
+            channels: some.len(),
+            stores: *stores,
+            step,
+            end: all.end,
+            y: self.y.of(part.start * shape.inner..part.end * shape.inner),
         }
-        let (at, c) = (self.stats.region.at(n, self.tile.start + t, &places), self.tile.start + t - self.first);
-        let plane = c * self.stats.data.shape.inner;
-        let y = &mut self.y.0[n][plane + places.start..plane + places.end];
-        let residual = self.residual.map(|r| &r[at.clone()]);
-        normalise(level, &self.stats.data.x[at], residual, self.affine.one(c), self.floor, y, self.stores, ahead);
     }
 }
 
@@ -427,27 +328,17 @@ impl<S: Storage> Kernel for Train<'_, S> {
         // that one would have left the cache by then, a tile is written as soon as it is summed.
         let lag = width * shape.count() * size_of::<S>() <= LAG_BYTES;
         let mut before = first..first;
-        for tile in tiles(&channels, width) {
-            let mut state = Channels::empty(tile.start, tile.len());
-            let mut blocks = self.stats.region.blocks().peekable();
-            let (stats, mut write) = self.write(&before, first);
-            while let Some(block) = blocks.next() {
-                stats.block(level, &tile, &block, blocks.peek(), &mut sums, &mut state, &mut write);
-            }
-            for t in 0..tile.len() {
-                self.out.put(tile.start - first + t, state.count, state.mean[t], state.m2[t], self.rule);
-            }
+        let stats = Stats::<S, false> { data: self.stats.data, region: self.stats.region.clone() };
+        for tile in steps(channels.clone(), width) {
+            let write = if before.is_empty() { None } else { Some(self.write(&before, width)) };
+            let state = stats.of(level, tile.clone(), &mut sums, write);
+            self.out.put(tile.start - first, state.count, &state.mean, &state.m2, self.rule);
             all.append(state);
             let partners = before.end.min(before.start + tile.len());
             let now = if lag && tile.end < channels.end { tile.start..tile.start } else { tile.clone() };
             for rest in [partners..before.end, now.clone()] {
-                let (stats, mut write) = self.write(&rest, first);
-                for n in 0..shape.outer {
-                    for t in 0..rest.len() {
-                        let next = stats.region.at(n, rest.start + width + t, &(0..shape.inner));
-                        let ahead = if rest.start + width + t < channels.end { &stats.data.x[next] } else { &[] };
-                        write.turn(level, n, t, 0..shape.inner, ahead);
-                    }
+                if !rest.is_empty() {
+                    simd::enter(level, self.write(&rest, width));
                 }
             }
             before = now.end..tile.end;

@@ -1,10 +1,11 @@
 //! Channels first, backward.
 
-use super::region::{Region, Samples, TILE, cut, pieces, tile, tiles};
+use super::region::{Region, Samples, TILE, cut, pieces, tile};
 use super::{Shape, Sums, Upstream, centred, gradient, masked, mean_dy, slope};
 use crate::kernel::{Kernel, launch};
-use crate::lanes::{Stores, Sum, map, totals};
-use crate::simd::Level;
+use crate::lanes::{Stores, Sum, map, steps, totals};
+use crate::real::Real;
+use crate::simd::{self, Level};
 use crate::storage::Storage;
 use std::ops::Range;
 
@@ -23,47 +24,9 @@ impl<'a, S: Storage> Reduce<'a, S> {
         Self { up, region: Region::all(up.data.shape, 2 * size_of::<S>()) }
     }
 
-    /// Adds the sums of the channels `tile` to `all`.
-    #[inline(always)]
-    fn tile(&self, level: Level, tile: Range<usize>, sums: &mut [Sum<S::Real, 2>; TILE], all: &mut Sums) {
-        let Upstream { dy, data, affine, residual, relu } = self.up;
-        let first = tile.start - all.first;
-        // Memory fetches the plane of the next sample meanwhile; of a small plane, one further ahead.
-        let stride = data.shape.channels * data.shape.inner * (AHEAD / data.shape.inner.max(1)).max(1);
-        for (planes, inner) in self.region.blocks() {
-            for t in 0..tile.len() {
-                sums[t].clear();
-            }
-            for n in planes {
-                for c in tile.clone() {
-                    let at = self.region.at(n, c, &inner);
-                    let ahead = [dy, data.x].map(|a| a.get(at.start + stride..at.end + stride).unwrap_or(&[]));
-                    let (dy, x) = (&dy[at.clone()], &data.x[at.clone()]);
-                    let [hi, lo, rstd, gamma, beta] = affine.one(c);
-                    let scale = gamma * rstd;
-                    let sum = &mut sums[c - tile.start];
-                    match (relu, residual) {
-                        (false, _) => sum
-                            .add(level, [dy, x], [], ahead, move |[dy, x], []| [dy, dy * (centred(x, hi, lo) * rstd)]),
-                        (true, None) => sum.add(level, [dy, x], [], ahead, move |[dy, x], []| {
-                            let d = centred(x, hi, lo);
-                            let dz = masked(dy, d * scale + beta);
-                            [dz, dz * (d * rstd)]
-                        }),
-                        (true, Some(r)) => sum.add(level, [dy, x, &r[at]], [], ahead, move |[dy, x, r], []| {
-                            let d = centred(x, hi, lo);
-                            let dz = masked(dy, d * scale + beta + r);
-                            [dz, dz * (d * rstd)]
-                        }),
-                    }
-                }
-            }
-            let totals = totals(sums, tile.len());
-            for t in 0..tile.len() {
-                all.dy[first + t] += totals[t][0];
-                all.dy_xhat[first + t] += totals[t][1];
-            }
-        }
+    /// Adds the sums of some channels to `all`.
+    fn add(&self, level: Level, channels: Range<usize>, sums: &mut [Sum<S::Real, 2>; TILE], all: &mut Sums) {
+        simd::enter(level, Tiles { up: self.up, region: &self.region, channels, sums, all });
     }
 }
 
@@ -89,14 +52,90 @@ impl<S: Storage> Kernel for Reduce<'_, S> {
         let channels = self.region.channels.clone();
         let mut all = Sums::zero(channels.start, channels.len());
         let mut sums = [Sum::ZERO; TILE];
-        for tile in tiles(&channels, tile(self.up.data.shape, 2 * size_of::<S>())) {
-            self.tile(level, tile, &mut sums, &mut all);
-        }
+        self.add(level, channels, &mut sums, &mut all);
         all
     }
 
     fn merge(left: Sums, right: Sums) -> Sums {
         left.merge(right)
+    }
+}
+
+/// The sums of some adjacent channels. A part of other kernels: it is not split.
+struct Tiles<'a, 'b, S: Storage> {
+    up: Upstream<'a, S>,
+    region: &'b Region,
+    channels: Range<usize>,
+    sums: &'b mut [Sum<S::Real, 2>; TILE],
+    all: &'b mut Sums,
+}
+
+impl<S: Storage> Kernel for Tiles<'_, '_, S> {
+    type Out = ();
+
+    const TOP: Level = S::TOP;
+
+    fn bytes(&self) -> usize {
+        self.channels.len() * self.up.data.shape.count() * 2 * size_of::<S>()
+    }
+
+    fn halve(self) -> Result<(Self, Self), Self> {
+        Err(self)
+    }
+
+    #[inline(always)]
+    fn run(mut self, level: Level) {
+        for tile in steps(self.channels.clone(), tile(self.up.data.shape, 2 * size_of::<S>())) {
+            self.tile(level, tile);
+        }
+    }
+
+    fn merge(_: (), _: ()) {}
+}
+
+impl<S: Storage> Tiles<'_, '_, S> {
+    /// Channels that are walked together.
+    #[inline(always)]
+    fn tile(&mut self, level: Level, tile: Range<usize>) {
+        let Upstream { dy, data, affine, residual, relu } = self.up;
+        let Self { region, sums, all, .. } = self;
+        let first = tile.start - all.first;
+        // Memory fetches the plane of the next sample meanwhile; of a small plane, one further ahead.
+        let stride = data.shape.channels * data.shape.inner * (AHEAD / data.shape.inner.max(1)).max(1);
+        for (planes, inner) in region.blocks() {
+            for t in 0..tile.len() {
+                sums[t].clear();
+            }
+            for n in planes {
+                for c in tile.clone() {
+                    let at = region.at(n, c, &inner);
+                    let ahead = [dy, data.x].map(|a| a.get(at.start + stride..at.end + stride).unwrap_or(&[]));
+                    let (dy, x) = (&dy[at.clone()], &data.x[at.clone()]);
+                    let [hi, lo, rstd, gamma, beta] = affine.one(c);
+                    let scale = gamma * rstd;
+                    let sum = &mut sums[c - tile.start];
+                    match (relu, residual) {
+                        (false, _) => sum
+                            .add(level, [dy, x], [], ahead, move |[dy, x], []| [dy, dy * (centred(x, hi, lo) * rstd)]),
+                        (true, None) => sum.add(level, [dy, x], [], ahead, move |[dy, x], []| {
+                            let d = centred(x, hi, lo);
+                            let dz = masked(dy, d * scale + beta);
+                            [dz, dz * (d * rstd)]
+                        }),
+                        (true, Some(r)) => sum.add(level, [dy, x, &r[at]], [], ahead, move |[dy, x, r], []| {
+                            let d = centred(x, hi, lo);
+                            let dz = masked(dy, d * scale + beta + r);
+                            [dz, dz * (d * rstd)]
+                        }),
+                    }
+                }
+            }
+            let totals = totals(level, sums, tile.len());
+            for t in 0..tile.len() {
+                all.dy[first + t] += totals[t][0];
+                all.dy_xhat[first + t] += totals[t][1];
+            }
+        }
     }
 }
 
@@ -200,21 +239,68 @@ impl<S: Storage, const WEIGHTED: bool> Kernel for Apply<'_, S, WEIGHTED> {
 
     #[inline(always)]
     fn run(self, level: Level) {
-        let Self { up, start, dx, mut dresidual, .. } = self;
+        let Self { up, mean_dy, slope, start, stores, dx, dresidual } = self;
+        let (dx, dresidual) = (vec![dx], dresidual.map(|d| vec![d]));
+        let write =
+            Write::<S, WEIGHTED> { up, mean_dy, slope, first: 0, start, stores, step: 0, end: 0, dx, dresidual };
+        simd::enter(level, write);
+    }
+
+    fn merge(_: (), _: ()) {}
+}
+
+/// The gradient of x: one run of memory per sample. A part of other kernels: it is not split.
+struct Write<'a, S: Storage, const WEIGHTED: bool> {
+    up: Upstream<'a, S>,
+    /// Of the channels from `first` on.
+    mean_dy: &'a [S::Real],
+    slope: &'a [S::Real],
+    first: usize,
+    /// Where the run of the first sample starts in the array.
+    start: usize,
+    stores: Stores,
+    /// Memory meanwhile fetches the channel so many further on, if that is before `end`.
+    step: usize,
+    end: usize,
+    dx: Vec<&'a mut [S]>,
+    dresidual: Option<Vec<&'a mut [S]>>,
+}
+
+impl<S: Storage, const WEIGHTED: bool> Kernel for Write<'_, S, WEIGHTED> {
+    type Out = ();
+
+    const TOP: Level = if WEIGHTED { Level::Avx2 } else { S::TOP };
+
+    fn bytes(&self) -> usize {
+        3 * self.dx.iter().map(|dx| size_of_val(*dx)).sum::<usize>()
+    }
+
+    fn halve(self) -> Result<(Self, Self), Self> {
+        Err(self)
+    }
+
+    #[inline(always)]
+    fn run(self, level: Level) {
+        let Self { up, mean_dy, slope, first, stores, step, end, dx, mut dresidual, .. } = self;
         let Shape { channels, inner, .. } = up.data.shape;
-        for (c, run) in pieces(up.data.shape, start, dx.len()) {
-            let at = start + run.start..start + run.end;
-            let dresidual = dresidual.as_deref_mut().map(|d| &mut d[run.clone()]);
-            let means = [self.mean_dy[c], self.slope[c]];
-            let dx = &mut dx[run.clone()];
-            let weights = match up.data.weights {
-                Some(weights) if WEIGHTED => {
-                    let place = at.start / (channels * inner) * inner + at.start % inner;
-                    &weights[place..place + run.len()]
-                }
-                _ => &[],
-            };
-            write::<S, WEIGHTED>(level, &up, at, weights, c, means, dx, dresidual, self.stores, [&[], &[]]);
+        for (n, dx) in dx.into_iter().enumerate() {
+            let start = self.start + n * channels * inner;
+            for (c, run) in pieces(up.data.shape, start, dx.len()) {
+                let at = start + run.start..start + run.end;
+                let next = at.start + step * inner..at.end + step * inner;
+                let ahead = if c + step < end { next } else { 0..0 };
+                let ahead = [up.dy, up.data.x].map(|a| &a[ahead.clone()]);
+                let weights = match up.data.weights {
+                    Some(weights) if WEIGHTED => {
+                        let place = at.start / (channels * inner) * inner + at.start % inner;
+                        &weights[place..place + run.len()]
+                    }
+                    _ => &[],
+                };
+                let dresidual = dresidual.as_mut().map(|d| &mut d[n][run.clone()]);
+                let (means, dx) = ([mean_dy[c - first], slope[c - first]], &mut dx[run]);
+                write::<S, WEIGHTED>(level, &up, at, weights, c, means, dx, dresidual, stores, ahead);
+            }
         }
     }
 
@@ -266,28 +352,33 @@ impl<S: Storage> Kernel for Backward<'_, S> {
     #[inline(always)]
     fn run(mut self, level: Level) -> Sums {
         let up = self.reduce.up;
-        let Shape { outer, inner, .. } = up.data.shape;
+        let Shape { inner, .. } = up.data.shape;
         let channels = self.reduce.region.channels.clone();
         let first = channels.start;
         let mut all = Sums::zero(first, channels.len());
         let mut sums = [Sum::ZERO; TILE];
-        for tile in tiles(&channels, tile(up.data.shape, 2 * size_of::<S>())) {
-            self.reduce.tile(level, tile.clone(), &mut sums, &mut all);
-            for n in 0..outer {
-                for c in tile.clone() {
-                    let at = self.reduce.region.at(n, c, &(0..inner));
-                    // Memory fetches the next tile while this one is written.
-                    let next = at.start + tile.len() * inner;
-                    let ahead = if c + tile.len() < channels.end { next..next + inner } else { 0..0 };
-                    let ahead = [up.dy, up.data.x].map(|a| &a[ahead.clone()]);
-                    let run = (c - first) * inner..(c - first + 1) * inner;
-                    let slope = slope(all.dy_xhat[c - first], self.count, up.affine.rstd[c]);
-                    let means = [mean_dy(all.dy[c - first], self.count), slope];
-                    let dx = &mut self.dx.0[n][run.clone()];
-                    let dresidual = self.dresidual.as_mut().map(|d| &mut d.0[n][run]);
-                    write::<S, false>(level, &up, at, &[], c, means, dx, dresidual, self.stores, ahead);
-                }
+        for tile in steps(channels.clone(), tile(up.data.shape, 2 * size_of::<S>())) {
+            self.reduce.add(level, tile.clone(), &mut sums, &mut all);
+            let run = (tile.start - first) * inner..(tile.end - first) * inner;
+            let mut means = [[S::Real::ZERO; TILE]; 2];
+            for c in tile.clone() {
+                means[0][c - tile.start] = mean_dy(all.dy[c - first], self.count);
+                means[1][c - tile.start] = slope(all.dy_xhat[c - first], self.count, up.affine.rstd[c]);
             }
+            let write = Write::<S, false> {
+                up,
+                mean_dy: &means[0],
+                slope: &means[1],
+                first: tile.start,
+                start: tile.start * inner,
+                stores: self.stores,
+                // The next tile.
+                step: tile.len(),
+                end: channels.end,
+                dx: self.dx.of(run.clone()),
+                dresidual: self.dresidual.as_mut().map(|d| d.of(run)),
+            };
+            simd::enter(level, write);
         }
         all
     }

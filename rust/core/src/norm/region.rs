@@ -115,19 +115,17 @@ impl Region {
     }
 }
 
-/// The tiles of adjacent channels.
-#[inline(always)]
-pub(super) fn tiles(channels: &Range<usize>, step: usize) -> impl Iterator<Item = Range<usize>> + use<> {
-    let Range { start, end } = *channels;
-    (start..end).step_by(step).map(move |c| c..(c + step).min(end))
-}
-
 /// The same range of every sample's channels: what a kernel that splits by channel writes to.
 pub(super) struct Samples<'a, S>(pub(super) Vec<&'a mut [S]>);
 
 impl<'a, S> Samples<'a, S> {
     pub(super) fn new(y: &'a mut [S], shape: Shape) -> Self {
         Self(y.chunks_exact_mut(shape.channels * shape.inner).collect())
+    }
+
+    /// A part of it.
+    pub(super) fn of(&mut self, at: Range<usize>) -> Vec<&mut [S]> {
+        self.0.iter_mut().map(|y| &mut y[at.clone()]).collect()
     }
 
     pub(super) fn split(self, at: usize) -> (Self, Self) {

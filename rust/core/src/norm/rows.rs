@@ -8,11 +8,12 @@ use super::centred;
 pub use super::rows_backward::Backward;
 use crate::error::{Error, length};
 use crate::kernel::Kernel;
-use crate::lanes::{Stores, Sum, map, totals};
+use crate::lanes::{Stores, Sum, map, steps, totals};
 use crate::moments::{BLOCK, LOOKS, Moments, again, conclude, guess, inverse};
 use crate::real::{Real, split};
 use crate::simd::Level;
 use crate::storage::Storage;
+use std::ops::Range;
 
 /// No more rows than this go together.
 pub(super) const GROUP: usize = 8;
@@ -97,8 +98,7 @@ fn moments<S: Storage>(
 ) -> [[f64; GROUP]; 2] {
     let (width, mut before) = (x.len() / n, 0.0);
     let [mut mean, mut m2] = [[0.0; GROUP]; 2];
-    for from in (0..width).step_by(BLOCK) {
-        let to = width.min(from + BLOCK);
+    for Range { start: from, end: to } in steps(0..width, BLOCK) {
         let count = (to - from) as f64;
         let (inverse, mut guessed) = (inverse(count), [S::Real::ZERO; GROUP]);
         if centred && from > 0 {
@@ -118,7 +118,7 @@ fn moments<S: Storage>(
                     });
                 }
             }
-            let (totals, mut unsettled) = (totals(sums, n), false);
+            let (totals, mut unsettled) = (totals(level, sums, n), false);
             for k in 0..n {
                 if wavers[k] {
                     let [first, second] = totals[k];
@@ -178,8 +178,8 @@ impl<S: Storage> Kernel for Forward<'_, S> {
         let mut sums = [Sum::ZERO; GROUP];
         let (group, inverse) = (group(width * size_of::<S>()), inverse(width as f64));
         let mut scratch = vec![S::default(); if self.residual.is_some() { group * width } else { 0 }];
-        for first in (0..rows).step_by(group) {
-            let n = group.min(rows - first);
+        for chunk in steps(0..rows, group) {
+            let (first, n) = (chunk.start, chunk.len());
             let all = first * width..(first + n) * width;
             let mut x = &self.x[all.clone()];
             if let Some(r) = &self.residual {

@@ -5,7 +5,7 @@ use super::rows::{GROUP, cut, group};
 use super::{Sums, centred, gradient};
 use crate::error::{Error, length};
 use crate::kernel::Kernel;
-use crate::lanes::{Stores, Sum, map_add, totals};
+use crate::lanes::{Stores, Sum, map_add, steps, totals};
 use crate::moments::inverse;
 use crate::real::Real;
 use crate::simd::Level;
@@ -91,10 +91,9 @@ impl<S: Storage> Kernel for Backward<'_, S> {
         let mut sums = ColumnSums::<S::Real, 2>::new(width);
         let mut means = [[S::Real::ZERO; 2]; GROUP];
         let mut terms = [Sum::ZERO; GROUP];
-        for chain in (0..rows).step_by(CHAIN) {
-            let end = rows.min(chain + CHAIN);
-            for first in (chain..end).step_by(group) {
-                let n = group.min(end - first);
+        for chain in steps(0..rows, CHAIN) {
+            for chunk in steps(chain, group) {
+                let (first, n) = (chunk.start, chunk.len());
                 for k in 0..n {
                     let at = (first + k) * width..(first + k + 1) * width;
                     let ([hi, lo, _], x) = (self.row(first + k), [&self.dy[at.clone()], &self.x[at]]);
@@ -104,7 +103,7 @@ impl<S: Storage> Kernel for Backward<'_, S> {
                         [g, g * centred(x, hi, lo)]
                     });
                 }
-                let totals = totals(&terms, n);
+                let totals = totals(level, &terms, n);
                 for k in 0..n {
                     let ([g, gd], rstd) = (totals[k], self.rstd[first + k].to_f64());
                     let mean = if self.mean.is_some() { g * inverse } else { 0.0 };
@@ -136,7 +135,7 @@ impl<S: Storage> Kernel for Backward<'_, S> {
                     }
                 }
             }
-            sums.empty();
+            sums.empty(level);
         }
         let [dy, dy_xhat] = sums.wide;
         Sums { first: 0, dy, dy_xhat }

@@ -21,7 +21,7 @@ pub use update::{AnyRule, Prepare, Rule, carry};
 
 use crate::error::{Error, length};
 use crate::kernel::{Kernel, launch};
-use crate::lanes::LANES;
+use crate::lanes::{LANES, steps};
 use crate::real::Real;
 use crate::simd::{self, Level};
 use crate::stored::{Source, Stored, Sum};
@@ -247,9 +247,9 @@ impl<T: Real> Kernel for Step<'_, T> {
             let n = tensor.len();
             if !self.in_place(level, &mut tensor, from) {
                 scratch.resize(SCRATCH * BLOCK, T::ZERO);
-                for at in (0..n).step_by(BLOCK) {
-                    let to = n.min(at + BLOCK);
-                    self.block(level, &mut tensor, at..to, from + at..from + to, &mut scratch);
+                for at in steps(0..n, BLOCK) {
+                    let place = from + at.start..from + at.end;
+                    self.block(level, &mut tensor, at, place, &mut scratch);
                 }
             }
             from += n;

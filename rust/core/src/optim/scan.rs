@@ -2,7 +2,7 @@
 
 use super::{BLOCK, before};
 use crate::kernel::Kernel;
-use crate::lanes::LANES;
+use crate::lanes::{LANES, steps};
 use crate::real::Real;
 use crate::simd::Level;
 use crate::stored::Source;
@@ -63,8 +63,8 @@ impl<T: Real> Kernel for Scan<'_, T> {
         let mut lanes = Lanes { squares: [0.0; LANES], bad: [T::ZERO; LANES] };
         let mut scratch = if self.tensors.iter().all(|g| g.is_real()) { vec![] } else { vec![T::ZERO; BLOCK] };
         for g in self.tensors {
-            for at in (0..g.len()).step_by(BLOCK) {
-                lanes.add(level, g.read(level, at..g.len().min(at + BLOCK), &mut scratch));
+            for at in steps(0..g.len(), BLOCK) {
+                lanes.add(level, g.read(level, at, &mut scratch));
             }
         }
         let mut all = Scanned { squares: 0.0, finite: true };
