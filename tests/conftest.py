@@ -1,6 +1,7 @@
 """Fixtures shared by all tests. `backend` is where another array library joins every table test."""
 
 import os
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -74,6 +75,11 @@ if os.environ.get("KILTER_TEST_CUPY") == "1":
     BACKENDS["cupy"] = CupyBackend
 ON_CUDA = {
     "test_cuda_flat",
+    "test_norm",
+    "test_norm_edges",
+    "test_norm_properties",
+    "test_stats",
+    "test_boundary",
     "test_layer_norm",
     "test_group_norm",
     "test_optim",
@@ -92,6 +98,26 @@ def pytest_generate_tests(metafunc):
     if "backend" in metafunc.fixturenames:
         names = BACKENDS if metafunc.module.__name__ in ON_CUDA else ("numpy",)
         metafunc.parametrize("backend", names, indirect=True, scope="session")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Of a table marked `pairs`, the simulator runs so many cases that any two values of two parameters meet."""
+    tables = {}
+    for item in items:
+        if item.get_closest_marker("pairs") and item.callspec.params.get("backend") == "cuda":
+            tables.setdefault(item.function, []).append(item)
+    left_out = set()
+    for cases in tables.values():
+        values = {item: sorted((name, repr(value)) for name, value in item.callspec.params.items()) for item in cases}
+        pairs = {item: set(combinations(values[item], 2)) for item in cases}
+        missing, chosen = set().union(*pairs.values()), set()
+        while missing:
+            best = max(cases, key=lambda item: len(pairs[item] & missing))
+            chosen.add(best)
+            missing -= pairs[best]
+        left_out |= set(cases) - chosen
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session")

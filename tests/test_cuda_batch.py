@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import cudasim
+from kilter import _kilter
 from kilter.cuda import batch, batch_once, channels, source
 from kilter.cuda.ops import table
 from kilter.dist import Threads
@@ -14,17 +15,19 @@ from kilter.norm import batch_norm, batch_norm_backward
 from kilter.stats import RunningStats, moments
 from support import DTYPES, FLOAT16, FLOAT32, FLOAT64, arithmetic, assert_close, relative_error, same_bits
 
-LAYOUTS = {  # shape, axis: how the elements of a block lie
-    "planes": ((7, 5, 32, 24), 1),
-    "planes, many parts": ((6, 2, 96, 80), 1),
-    "odd planes": ((3, 2, 33, 35), 1),
-    "tiles of small planes": ((40, 24, 7, 7), 1),
-    "tiles of tiny planes": ((19, 72, 2, 2), 1),
-    "channels last": ((9, 11, 5, 40), 3),
-    "many channels": ((33, 520), 1),
-    "a column of vectors": ((3001, 8), 1),
-    "odd columns": ((151, 37), 1),
+LAYOUTS = {  # shape, axis: how the elements of a block lie; whether its channels are columns
+    "planes": ((7, 5, 32, 24), 1, False),
+    "planes, many parts": ((6, 2, 96, 80), 1, False),
+    "odd planes": ((3, 2, 33, 35), 1, False),
+    "tiles of small planes": ((40, 24, 7, 7), 1, True),
+    "tiles of tiny planes": ((19, 72, 2, 2), 1, True),
+    "channels last": ((9, 11, 5, 40), 3, True),
+    "many channels": ((33, 520), 1, True),
+    "a column of vectors": ((3001, 8), 1, True),
+    "odd columns": ((151, 37), 1, True),
 }
+TWICE = ["bn_stats", "bn_apply", "bn_sums", "bn_gradient"]
+SEVERAL = ["bn_stats", "bn_finish", "bn_apply", "bn_sums", "bn_gradient"]
 WAYS = {"cluster": "_cluster", "resident": "_resident"}  # the ends of their kernels' names
 
 
@@ -49,8 +52,8 @@ class Case:
         self.running = rng.random((2, self.channels)).astype(real)
         self.h = np.array([1e-5, 0.3, 1.0])
 
-    def results(self, ops, xp, fused=True):
-        """All that training and its backward write, by name."""
+    def results(self, ops, xp, fused=True, part=slice(None)):
+        """What training and its backward write of some channels, by name."""
         here = {k: v if v is None or k == "h" or np.isscalar(v) else xp.asarray(v) for k, v in vars(self).items()}
         x, dy, w, h, gamma, beta, r = (here[k] for k in ("x", "dy", "weights", "h", "gamma", "beta", "residual"))
         axis, relu, dtype, real = self.axis, self.relu, x.dtype, arithmetic(self.x.dtype)
@@ -70,6 +73,7 @@ class Case:
             ops.bn_backward_reduce(dy, x, axis, *how, sum_dy, sum_dy_xhat)
             ops.bn_backward_apply(dy, x, axis, w, count, *how, sum_dy, sum_dy_xhat, dx, dresidual)
         kept = {k: v for k, v in locals().items() if k in _RESULTS and v is not None}
+        kept = {k: v[part] if v.ndim == 1 else v[:, part] if axis == 1 else v for k, v in kept.items()}
         return {k: v.get() if hasattr(v, "get") else v for k, v in kept.items()}
 
 
@@ -92,18 +96,22 @@ def assert_same(got, want, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_call_is_several(cuda, rng, dtype, layout, weighted):
-    case = Case(rng, dtype, *LAYOUTS[layout], weighted=weighted)
-    once, chain = (case.results(cuda.ops, cuda.xp, fused) for fused in (True, False))
+    shape, axis, columns = LAYOUTS[layout]
+    case, found = Case(rng, dtype, shape, axis, weighted=weighted), []
+    for fused, kernels in ((True, TWICE), (False, SEVERAL)):
+        cuda.runtime.log.clear()
+        found.append(case.results(cuda.ops, cuda.xp, fused))
+        assert launches(cuda) == kernels
+        for launch in cuda.runtime.log:
+            has = "weights" in launch.given  # one for each place of a plane
+            assert has == (weighted and launch.kernel in ("bn_stats", "bn_gradient"))
+            assert launch.macros["V"] == "1" or "odd" not in layout
+            if launch.kernel != "bn_finish":
+                assert launch.macros["COLUMNS"] == str(int(columns and not (has and "tiles" in layout)))
+    once, chain = found
     assert once.keys() == chain.keys()
     assert all(same_bits(once[name], chain[name]) for name in once)
-    core = case.results(table_of_the_core(), np)
-    assert_same(once, core, dtype)
-
-
-def table_of_the_core():
-    from kilter import _kilter
-
-    return _kilter
+    assert_same(once, case.results(_kilter, np), dtype)
 
 
 OPTIONS = {
@@ -115,19 +123,20 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("way", WAYS)
-def test_ways_that_read_once(rng, monkeypatch, way, layout, options):
+def test_ways_that_read_once(rng, monkeypatch, way, layout, name):
+    """Each layout in every dtype, with one set of options or another."""
     ops, runtime = operations(monkeypatch, way)
-    dtype = DTYPES[list(LAYOUTS).index(layout) % 4] if options else FLOAT32
-    case = Case(rng, dtype, *LAYOUTS[layout], **options)
+    dtype = DTYPES[(list(LAYOUTS).index(layout) + list(OPTIONS).index(name)) % 4]
+    case, options = Case(rng, dtype, *LAYOUTS[layout][:2], **OPTIONS[name]), OPTIONS[name]
     got = case.results(ops, cudasim.xp)
     used = [launch.kernel for launch in runtime.log]
     inner = channels.around(case.x, case.axis)[2]
     odd = "odd" in layout or (options.get("weighted") and inner > 1 and inner * dtype.itemsize % 16 != 0)
     assert all(name.endswith(WAYS[way]) != odd for name in used) and len(used) == (4 if odd else 2)
-    assert_same(got, case.results(table_of_the_core(), np), dtype)
+    assert_same(got, case.results(_kilter, np), dtype)
 
 
 @pytest.mark.parametrize("layout", [*((7, n, 32, 24) for n in (5, 2)), (40, 24, 7, 7), (495, 40), (3, 16)], ids=str)
@@ -139,7 +148,7 @@ def test_clusters_of_every_size(rng, monkeypatch, dtype, size, layout):
     monkeypatch.setattr(batch_once, "_CLUSTERS", (size,))
     batch_once.in_cluster.cache_clear()
     case = Case(rng, dtype, layout, 1)
-    assert_same(case.results(ops, cudasim.xp), case.results(table_of_the_core(), np), dtype)
+    assert_same(case.results(ops, cudasim.xp), case.results(_kilter, np), dtype)
     assert [launch.kernel for launch in runtime.log] == ["bn_train_cluster", "bn_backward_cluster"]
     assert all(launch.grid[0] % size == 0 for launch in runtime.log)
     batch_once.in_cluster.cache_clear()
@@ -152,7 +161,7 @@ def test_groups_take_tiles_in_turn(rng, monkeypatch):
     batch_once.in_l2.cache_clear()
     case = Case(rng, FLOAT32, (7, 9, 32, 24), 1)
     for _ in range(2):
-        assert_same(case.results(ops, cudasim.xp), case.results(table_of_the_core(), np), FLOAT32)
+        assert_same(case.results(ops, cudasim.xp), case.results(_kilter, np), FLOAT32)
     way = batch_once.in_l2((7, 9, 768), 4, 1, False, 2)
     assert way.groups * 2 < way.split.tiles and way.split.parts > 1
     assert {launch.kernel for launch in runtime.log} == {"bn_train_resident", "bn_backward_resident"}
@@ -194,7 +203,7 @@ def test_slices_of_a_residual_network():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_results_do_not_depend_on_where_arrays_lie(cuda, rng, dtype, layout):
-    shape, axis = LAYOUTS[layout]
+    shape, axis, _ = LAYOUTS[layout]
     x, dy, r = rng.normal(size=(3, *shape)).astype(dtype)
     found = []
     for off in (0, 1):
@@ -281,7 +290,63 @@ def test_training_waits_for_nothing_and_has_two_launches_each_way(cuda, rng, mon
         cuda.runtime.log.clear()
         _, cache = batch_norm(x, gamma, beta, running=running, residual=r, activation="relu", out=y)
         batch_norm_backward(dy, cache, out=dx)
-        assert launches(cuda) == ["bn_stats", "bn_apply", "bn_sums", "bn_gradient"]
+        assert launches(cuda) == TWICE
+
+
+PUBLIC = {  # options; kernels forward and backward; where weights and a residual are given to them
+    "training": ({}, TWICE[:2], TWICE[2:], "", ""),
+    "relu": ({"activation": "relu"}, TWICE[:2], TWICE[2:], "", ""),
+    "residual": ({"residual": True}, TWICE[:2], TWICE[2:], "", "bn_apply"),
+    "relu, residual": (
+        {"residual": True, "activation": "relu"},
+        TWICE[:2],
+        TWICE[2:],
+        "",
+        "bn_apply bn_sums bn_gradient",
+    ),
+    "weights of samples": ({"weights": 1}, TWICE[:2], TWICE[2:], "bn_stats bn_gradient", ""),
+    "weights of positions": ({"weights": 3}, TWICE[:2], TWICE[2:], "bn_stats bn_gradient", ""),
+    "ranks": ({"comm": True}, SEVERAL[:3], SEVERAL[3:], "", ""),
+    "ranks, weights": ({"comm": True, "weights": 3}, SEVERAL[:3], SEVERAL[3:], "bn_stats bn_gradient", ""),
+    "frozen": ({"training": False}, SEVERAL[1:3], ["bn_sums", "bn_apply"], "", ""),
+    "frozen, relu, residual": (
+        {"training": False, "residual": True, "activation": "relu"},
+        SEVERAL[1:3],
+        TWICE[2:],
+        "",
+        "bn_apply bn_sums bn_gradient",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_public_functions_take_these_kernels(cuda, rng, dtype, name):
+    options, forward, backward, weighted, residual = PUBLIC[name]
+    x, dy, r = rng.normal(1, 2, (3, 6, 4, 5, 8)).astype(dtype)
+    gamma, beta = rng.normal(size=(2, 4)).astype(arithmetic(dtype))
+    weights = rng.integers(0, 3, (6, 5, 8)[: options.get("weights", 0)])
+
+    def results(place, xp, comm=None):
+        given = {**options, "running": RunningStats(4, dtype=arithmetic(dtype), xp=xp), "comm": comm}
+        given |= {"residual": place(r)} if residual else {}
+        given |= {"weights": place(weights.astype(arithmetic(dtype)))} if weighted else {}
+        y, cache = batch_norm(place(x), place(gamma), place(beta), **given)
+        there = launches(cuda)
+        grads = batch_norm_backward(place(dy), cache)
+        return there, [y, *grads[:3], *([grads.dresidual] if residual else [])]
+
+    def ranked(*where):
+        return Threads(1).run(lambda comm: results(*where, comm))[0] if "comm" in options else results(*where)
+
+    want = ranked(lambda a: a, np)[1]
+    cuda.runtime.log.clear()
+    there, found = ranked(cuda.array, cuda.xp)
+    assert (there, launches(cuda)[len(there) :]) == (forward, backward)
+    for array, kernels in (("weights", weighted), ("residual", residual)):
+        assert [one.kernel for one in cuda.runtime.log if array in one.given] == kernels.split()
+    for got, good in zip(found, want, strict=True):
+        assert_close(cuda.numpy(got), good, good.dtype, scale=np.sqrt(good.size))
 
 
 @pytest.mark.parametrize("relu", [None, "relu"])

@@ -12,9 +12,9 @@ SEEDS = (0, 2**32 + 1, 2**64 - 1)
 FILLS = ("fill_uniform", "fill_normal")
 
 
-def filled(backend, op, size, dtype, seed, stream, h):
+def filled(backend, op, size, dtype, seed, stream, h, *attempt):
     out = backend.xp.empty(size, dtype)
-    assert getattr(backend.ops, op)(out, seed, stream, h) is None
+    assert getattr(backend.ops, op)(out, seed, stream, h, *attempt) is None
     return backend.numpy(out)
 
 
@@ -27,6 +27,15 @@ def test_fills_have_the_bits_of_the_cpu(cuda, op, size, dtype):
         want = np.empty(size, dtype)
         getattr(_kilter, op)(want, seed, 2**32 - 1, h)
         assert same_bits(filled(cuda, op, size, dtype, seed, 2**32 - 1, h), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_other_attempts_have_the_bits_of_the_cpu(cuda, dtype):
+    h = np.array([0.3, 1.7])
+    for attempt in (1, 2**32 - 1):
+        want = np.empty(300, dtype)
+        _kilter.fill_normal(want, 5, 6, h, attempt)
+        assert same_bits(filled(cuda, "fill_normal", 300, dtype, 5, 6, h, attempt), want)
 
 
 @pytest.mark.parametrize("op", FILLS)
@@ -55,11 +64,32 @@ def test_words(cuda, size):
         np.testing.assert_array_equal(cuda.numpy(out), want)
 
 
-def test_initialisation_takes_the_module_of_arrays(cuda):
-    for scheme in (init.he_normal, init.xavier_uniform):
-        got = scheme((30, 41), seed=4, xp=cuda.xp)
-        assert isinstance(got, cudasim.SimArray)
-        assert same_bits(cuda.numpy(got), scheme((30, 41), seed=4))
+INITIALISERS = {
+    "uniform": lambda **options: init.uniform((7, 90), -1.0, 3.0, **options),
+    "normal": lambda **options: init.normal((7, 90), 0.5, 2.0, **options),
+    "truncated normal": lambda **options: init.truncated_normal((7, 90), 0.5, 2.0, **options),
+    "truncated normal, empty": lambda **options: init.truncated_normal((0, 9), **options),
+    "he normal": lambda **options: init.he_normal((7, 90), **options),
+    "xavier uniform": lambda **options: init.xavier_uniform((7, 90), **options),
+    "lecun normal": lambda **options: init.lecun_normal((7, 90), **options),
+    "torch default": lambda **options: init.torch_default((7, 90), **options),
+    "orthogonal": lambda **options: init.orthogonal((7, 90), gain=2.0, **options),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", INITIALISERS)
+def test_initialisers_have_the_bits_of_the_cpu(cuda, name, dtype):
+    """In new arrays, and in given ones, which may lie on another than the current device."""
+    fill, options = INITIALISERS[name], {"seed": 4, "stream": 2, "dtype": dtype}
+    want = fill(**options)
+    got = fill(**options, xp=cuda.xp)
+    with cudasim.Device(1):
+        out = cuda.xp.empty(want.shape, dtype)
+    assert fill(**options, out=out) is out
+    for array, device in ((got, 0), (out, 1)):
+        assert isinstance(array, cudasim.SimArray) and array.device.id == device
+        assert same_bits(cuda.numpy(array), want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -82,19 +112,6 @@ def test_copy(backend, rng, size, start):
     source, target = backend.array(rng.normal(size=size + start).astype(FLOAT32)), backend.xp.zeros(size, FLOAT32)
     backend.ops.probe_copy(source[start:], target)
     assert same_bits(backend.numpy(target), backend.numpy(source)[start:])
-
-
-def test_arrays_of_one_library_and_device(cuda):
-    from kilter._backend import backend_of
-
-    one, other = cuda.xp.zeros(3, FLOAT32), np.zeros(3, FLOAT32)
-    assert backend_of(one, None, one).ops is cuda.ops
-    with pytest.raises(KilterError, match="expected all from one library"):
-        backend_of(one, other)
-    with cudasim.Device(1):
-        far = cuda.xp.zeros(3, FLOAT32)
-    with pytest.raises(KilterError, match="expected all on one device"):
-        backend_of(one, far)
 
 
 def test_launches_check_their_arguments(cuda):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import cudasim
-from kilter import KilterError, _kilter
+from kilter import KilterError, _backend, _kilter
 from kilter.cuda import tensors
 from kilter.cuda.ops import table
 from kilter.cuda.optim import RULES as KERNELS
@@ -15,7 +15,7 @@ from kilter.schedule import linear
 from optimizers import RULES, on, read, rules
 from support import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, same_bits
 
-SIZES = (0, 1, 7, 1000, 0, 2500, 33)
+SIZES = (0, 1, 7, 1025, 0, 2500, 33)  # one more than a chunk, and several
 NAMES = [str(i) for i in range(len(SIZES))]
 KINDS = {  # parameters, gradients, state, masters
     "float32": (FLOAT32, FLOAT32, FLOAT32, False),
@@ -153,7 +153,7 @@ def test_scans(cuda, rng, dtype, shift):
 
 
 def test_scans_of_several_dtypes_and_of_none(cuda, rng):
-    values = [rng.normal(size=50).astype(dtype) for dtype in (FLOAT32, FLOAT16, FLOAT64, FLOAT32)]
+    values = [rng.normal(size=20_000).astype(dtype) for dtype in (FLOAT32, FLOAT16, FLOAT64, FLOAT32)]
     out, want = cuda.xp.empty(2), np.empty(2)
     for bad in (None, 0, 1, 2):
         if bad is not None:
@@ -427,7 +427,7 @@ def recorder(cuda):
     runtime = Recorder()
     cudasim.install(runtime)
     yield runtime
-    cudasim.install(cuda.runtime)
+    _backend.register(cudasim.SimArray, cudasim.xp, cuda.ops)
 
 
 GRAPHS = {

@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 
-from kilter import KilterError, _kilter
+from kilter import KilterError, _kilter, dist
 from kilter.data import Batches, crop, cutmix, flip, mixup, noise
 from kilter.data import mixing as mixing_module
 from support import BFLOAT16, DTYPES, FLOAT16, FLOAT64, ulp
@@ -300,8 +300,8 @@ def test_the_shards_are_the_batches(size, drop_last, shuffle, transform):
     for (x_part, y_part), *parts in zip(batches.epoch(1), *(shard.epoch(1) for shard in shards), strict=True):
         assert same(np.concatenate([part[0] for part in parts]), x_part)
         assert same(np.concatenate([part[1] for part in parts]), y_part)
-        sizes = [len(part[0]) for part in parts]
-        assert max(sizes) - min(sizes) <= 1
+        own = [dist.shard(len(x_part), rank, size) for rank in range(size)]
+        assert [len(part[0]) for part in parts] == [one.stop - one.start for one in own]
     assert batches.rank == 0 and batches.size == 1
 
 

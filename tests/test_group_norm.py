@@ -74,6 +74,7 @@ def check(backend, x, dy, groups, gamma=None, beta=None, *, axis=1, eps=1e-5, bo
 PARTS = [(layout, groups) for layout in LAYOUTS for groups in (1, 3, 6) if (layout, groups) != ("NC", 6)]
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("placement", ["contiguous", "strided", "offset"])
 @pytest.mark.parametrize("affine", AFFINE)
 @pytest.mark.parametrize(("layout", "groups"), PARTS)
@@ -109,6 +110,7 @@ SHAPES = [  # (N, C, *spatial), groups: lane tails, block edges, one channel, on
 ]
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
 @pytest.mark.parametrize(("shape", "groups"), SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -138,6 +140,7 @@ def test_large_mean(backend, rng, axis, shape, first):
     check(backend, x, dy, 4, gamma, beta, axis=axis, bound=5e-6)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("value", [0.0, 0.1, -3.7, 1e4 + 1 / 3])
 @pytest.mark.parametrize("shape", [(7, 6), (3, 6, 7, 7), (2, 6, 65, 67)], ids=str)
 @pytest.mark.parametrize("axis", [1, -1])

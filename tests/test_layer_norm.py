@@ -70,6 +70,7 @@ def check(backend, op, x, dy, gamma=None, beta=None, *, ndim=1, eps=1e-5, bound=
         assert a is b is None or same_bits(backend.numpy(a), backend.numpy(b))
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("placement", ["contiguous", "strided", "offset"])
 @pytest.mark.parametrize("affine", AFFINE)
@@ -83,6 +84,7 @@ def test_table(backend, rng, dtype, ndim, shape, affine, placement, op):
     check(backend, op, x, dy, gamma if has_gamma else None, beta if has_beta else None, ndim=ndim)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("width", [1, 2, 15, 16, 17, 64, 513, 4095, 4096, 4097, 4098, 4099, 4100, 9000, 70_001])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -122,6 +124,7 @@ def test_large_values(backend, rng, op, large, width):
         assert_close(dx.astype(np.float64) * factor, want * factor, dtype)
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("value", [0.0, 0.1, -3.7, 1e4 + 1 / 3])
 @pytest.mark.parametrize("width", [1, 17, 64, 5000])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

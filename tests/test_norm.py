@@ -76,6 +76,7 @@ def check(backend, x, dy, gamma=None, beta=None, *, axis=1, relu=False, residual
         assert a is b is None or same_bits(backend.numpy(a), backend.numpy(b))
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
 @pytest.mark.parametrize("relu", [False, True], ids=["", "relu"])
 @pytest.mark.parametrize("placement", ["contiguous", "strided", "offset"])
@@ -119,6 +120,7 @@ SHAPES = [  # (N, C, *spatial): lane tails, block edges, one channel, tiny and o
 ]
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -158,6 +160,7 @@ def test_outlier_first(backend, rng, mean, first, bound, axis):
     assert relative_error(backend.numpy(cache.moments.m2), reference.moments(x, axis).m2) < bound
 
 
+@pytest.mark.pairs
 @pytest.mark.parametrize("value", [0.0, 0.1, -3.7, 1e4 + 1 / 3])
 @pytest.mark.parametrize("shape", [(7, 3), (1000, 3), (2, 3, 7, 7), (3, 3, 65, 67)], ids=str)
 @pytest.mark.parametrize("axis", [1, -1])

@@ -228,6 +228,12 @@ def test_skipped_by_the_scaler(backend):
     assert same_bits(backend.numpy(p), kept) and float(scaler.scale) == 32768
 
 
+def test_the_scaler_backs_off_even_if_the_step_is_taken(backend):
+    p, scaler = backend.array(np.ones(2, FLOAT32)), LossScaler(init=8.0, minimum=6.0)
+    report = SGD([p], 1.0, skip_nonfinite=False).step([backend.array(np.array([8, np.inf], FLOAT32))], scaler=scaler)
+    assert (*report,) == (1, 1, None, False) and p.tolist() == [0.0, -np.inf] and scaler.scale == 6.0
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

@@ -11,12 +11,14 @@ from pathlib import Path
 from kilter.cuda import source
 
 HERE = Path(__file__).parent
-CACHE = Path(os.environ.get("KILTER_CUDASIM_CACHE", Path(tempfile.gettempdir()) / f"kilter-cudasim-{os.getuid()}"))
+# Where libraries are looked for; they are built in the first of these folders.
+_OWN = f"{tempfile.gettempdir()}/kilter-cudasim-{os.getuid()}"
+PLACES = [Path(place) for place in os.environ.get("KILTER_CUDASIM_CACHE", _OWN).split(os.pathsep)]
 FLAGS = ("-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-fno-gnu-unique", "-mf16c", "-w", f"-I{HERE}")
 # With the sanitizers' libraries loaded before Python's; tests/cuda_asan.py does that.
 SANITIZED = os.environ.get("KILTER_CUDASIM_ASAN") == "1"
 if SANITIZED:
-    FLAGS += ("-fsanitize=address,alignment", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1")
+    FLAGS += ("-fsanitize=address,alignment,bounds", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1")
 
 
 def compiled(text, flags=(), name="module", using=()):
@@ -24,10 +26,11 @@ def compiled(text, flags=(), name="module", using=()):
     flags = (*FLAGS, *flags)
     used = "".join(path.read_text() for path in using)
     key = hashlib.sha256("\0".join((text, used, *flags)).encode()).hexdigest()[:20]
-    library = CACHE / f"{name}-{key}.so"
+    found = [place / f"{name}-{key}.so" for place in PLACES]
+    library = next((path for path in found if path.exists()), found[0])
     if not library.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+        PLACES[0].mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=PLACES[0]) as folder:
             path = Path(folder) / f"{name}.cpp"
             path.write_text(text)
             command = ["g++", *flags, str(path), "-o", f"{path}.so"]

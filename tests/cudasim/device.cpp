@@ -279,21 +279,55 @@ void report_deadlock() {
   note("deadlock: threads wait in a loop for others that never come");
 }
 
+// Runs the ready ones of some threads, each until it waits.
+void run_threads(const Launch& launch, unsigned first, unsigned end) {
+  now.turns.resize(end - first);
+  for (unsigned i = first; i < end; ++i) now.turns[i - first] = i;
+  arrange(now.turns, launch.order);
+  for (unsigned turn : now.turns) {
+    if (now.fibers[turn].state == READY) to_fiber(now.fibers[turn]);
+    if (now.failed) return;
+  }
+}
+
+std::vector<unsigned> arranged(unsigned count, uint64_t order) {
+  std::vector<unsigned> found(count);
+  for (unsigned i = 0; i < count; ++i) found[i] = i;
+  arrange(found, order);
+  return found;
+}
+
+// Runs a block as far as it comes without others, and each of its warps as far as it comes before the next one.
+void run_block(const Launch& launch, unsigned slot) {
+  const unsigned begin = slot * now.threads;
+  for (bool moved = true; moved && !now.failed;) {
+    moved = false;
+    for (unsigned w : arranged(warps_of_block(), launch.order)) {
+      do {
+        now.moved = false;
+        run_threads(launch, begin + w * LANES, begin + std::min<unsigned>(now.threads, (w + 1) * LANES));
+        moved |= now.moved;
+      } while (now.moved && !now.failed);
+    }
+    now.moved = false;
+    if (!now.failed) release_block(slot);
+    moved |= now.moved;
+  }
+}
+
 void run_wave(const Launch& launch, size_t first) {
   for (unsigned slot = 0; slot < now.blocks; ++slot) start_block(launch, slot, first + slot);
-  now.turns.resize(size_t(now.threads) * now.blocks);
-  for (unsigned i = 0; i < now.turns.size(); ++i) now.turns[i] = i;
   for (long patience = PATIENCE; !now.failed;) {
-    arrange(now.turns, launch.order);
-    now.moved = false;
-    for (unsigned turn : now.turns) {
-      if (now.fibers[turn].state == READY) to_fiber(now.fibers[turn]);
-      if (now.failed) break;
+    if (launch.order % 2) {
+      for (unsigned slot : arranged(now.blocks, launch.order))
+        if (!now.failed) run_block(launch, slot);
     }
+    now.moved = false;
+    if (launch.order % 2 == 0) run_threads(launch, 0, now.threads * now.blocks);
     for (unsigned slot = 0; slot < now.blocks && !now.failed; ++slot) release_block(slot);
     if (now.failed || release_wave()) break;
     if (now.moved) patience = PATIENCE;
-    bool ready = std::any_of(now.fibers.begin(), now.fibers.begin() + now.turns.size(),
+    bool ready = std::any_of(now.fibers.begin(), now.fibers.begin() + now.threads * now.blocks,
                              [](const Fiber& f) { return f.state == READY; });
     if (!ready || !--patience) report_deadlock();
   }
@@ -396,8 +430,8 @@ int run(const Launch& launch, void (*body)(void*), void* argument, const Slot* c
     block_dim = launch.block;
     grid_dim = launch.grid;
     if (!make_room(now.threads * now.blocks, now.blocks)) note("no memory for %u blocks", now.blocks);
-    std::vector<size_t> waves(blocks / launch.wave);
-    for (size_t i = 0; i < waves.size(); ++i) waves[i] = i;
+    std::vector<size_t> waves(blocks / launch.wave - launch.skipped);
+    for (size_t i = 0; i < waves.size(); ++i) waves[i] = i < launch.kept ? i : launch.skipped + i;
     arrange(waves, launch.order);
     for (size_t wave : waves) {
       if (now.failed) break;

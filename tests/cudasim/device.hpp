@@ -22,8 +22,12 @@ struct Slot {
 struct Launch {
   uint3 grid, block;
   size_t dynamic;   // bytes of dynamic shared memory
-  uint64_t order;   // 0: threads and blocks in their order, 1: reversed, above: at random, anew in every round
+  // 0: threads and blocks in their order, 1: reversed, above: at random, anew in every round. Where it is even, each
+  // thread has a turn in a round; where it is odd, warps and blocks go on as far as they come before the next one's turn.
+  uint64_t order;
   unsigned wave;    // consecutive blocks that are resident together: 1, a cluster's size, or the whole grid
+  unsigned kept;    // after so many waves, `skipped` others do not run
+  size_t skipped;
 };
 
 struct Thread {

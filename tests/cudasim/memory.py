@@ -80,7 +80,8 @@ def lifted(result):
     if isinstance(result, (np.ndarray, np.generic)):
         if isinstance(result, np.ndarray) and address(owner(result)) in live:
             return result.view(SimArray)
-        return to_device(result)
+        axes = np.argsort([-stride for stride in result.strides], kind="stable")  # in memory as NumPy's
+        return to_device(result.transpose(axes)).transpose(np.argsort(axes)) if len(axes) > 1 else to_device(result)
     return result
 
 

@@ -3,14 +3,15 @@
 import ctypes
 import threading
 from contextlib import nullcontext
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 
 from cudasim import build, memory
 from cudasim.memory import SimArray
+from kilter.cuda import source
 
-ORDERS = (0, 1, 2, 3)  # forward, backward, two at random
+ORDERS = (0, 1, 2, 3)  # forward, backward, two at random; the odd ones let warps and blocks run ahead
 
 
 class SimError(AssertionError):
@@ -24,17 +25,47 @@ class _Launch(ctypes.Structure):
         ("dynamic", ctypes.c_size_t),
         ("order", ctypes.c_uint64),
         ("wave", ctypes.c_uint),
+        ("kept", ctypes.c_uint),
+        ("skipped", ctypes.c_size_t),
     )
 
 
-class _Function:
-    """A kernel of a module, and the names of its parameters' types."""
+class _Module(NamedTuple):
+    """A family's library, built with these macros."""
 
-    def __init__(self, library, name):
-        self.name, self.call, self.shared = name, getattr(library, f"sim_{name}"), 48 << 10
-        types = getattr(library, f"types_{name}")
+    family: str
+    macros: dict
+    library: ctypes.CDLL
+
+
+class _Function:
+    """A kernel of a module, and the names and types of its parameters."""
+
+    def __init__(self, module, name):
+        self.module, self.name, self.call = module, name, getattr(module.library, f"sim_{name}")
+        self.shared = 48 << 10
+        types = getattr(module.library, f"types_{name}")
         types.restype = ctypes.c_char_p
         self.types = types().decode().split(", ")
+        self.names = [one.split()[-1].lstrip("*") for one in source.parameters_text(module.family, name).split(",")]
+
+
+class Logged(NamedTuple):
+    """A launch; `macros` are those of its module without KT_, `given` the arrays that were not None."""
+
+    kernel: str
+    family: str
+    macros: dict
+    given: frozenset
+    grid: tuple
+    block: tuple
+    shared: int
+
+    @staticmethod
+    def of(function, arguments, grid, block, shared):
+        module = function.module
+        given = (n for n, a in zip(function.names, arguments, strict=False) if isinstance(a, SimArray))
+        return Logged(function.name, module.family, module.macros, frozenset(given), grid, block, shared)
 
 
 class SimRuntime:
@@ -49,7 +80,8 @@ class SimRuntime:
         self.log = []
 
     def build(self, name, text, options):
-        return build.module(name, text, options, self.flags)
+        macros = dict(option.removeprefix("-DKT_").split("=") for option in options if option.startswith("-DKT_"))
+        return _Module(name, macros, build.module(name, text, options, self.flags))
 
     def function(self, module, kernel):
         return _Function(module, kernel)
@@ -105,11 +137,12 @@ class SimRuntime:
             _argument(function, i, kind, a) for i, (kind, a) in enumerate(zip(function.types, arguments, strict=True))
         ]
         pointers = (ctypes.c_void_p * len(keep))(*(memory.address(a) for a in keep))
-        self.log.append(SimpleNamespace(kernel=function.name, grid=grid, block=block, shared=shared))
+        self.log.append(Logged.of(function, arguments, grid, block, shared))
         with self._lock:
-            self._run(function, (grid, block, shared), wave, pointers, *_arrays(function, arguments))
+            self._run(function, (grid, block, shared), wave, pointers, arguments)
 
-    def _run(self, function, sizes, wave, pointers, written, guards):
+    def _run(self, function, sizes, wave, pointers, arguments):
+        written, guards = _arrays(function, arguments)
         before, first = [content.copy() for content in written], None
         message = ctypes.create_string_buffer(512)
         for turn, order in enumerate(self.orders):

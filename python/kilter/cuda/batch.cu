@@ -1,13 +1,13 @@
 #include "batch.cuh"
-// Batch norm in two launches each way: sums, which the last block of each tile of channels puts together, and what follows
-// from them. Every byte is read twice and written once.
+// Batch norm in two launches each way: sums, which the last block of each tile of channels puts together, and what
+// follows from them. Every byte is read twice and written once.
 
 // The moments of every channel; where `hi` is given, also what they are normalised by. `partial` holds 3 numbers for each
 // part and channel, `tickets` one for each tile.
-KT_KERNEL(KT_THREADS, KT_RESIDENT) bn_stats(const KT_T* x, const kt_real* weights, int channels, long long inner, long long positions,
-                        long long per, int parts, int lanes, double* partial, unsigned* tickets, double* count,
-                        double* mean, double* m2, Scalars<3> h, kt_real* hi, kt_real* lo, kt_real* rstd,
-                        kt_real* running_mean, kt_real* running_var) {
+KT_KERNEL(KT_THREADS, KT_RESIDENT) bn_stats(const KT_T* x, const kt_real* weights, int channels, long long inner,
+    long long positions, long long per, int parts, int lanes, double* partial, unsigned* tickets, double* count,
+    double* mean, double* m2, Scalars<3> h, kt_real* hi, kt_real* lo, kt_real* rstd, kt_real* running_mean,
+    kt_real* running_var) {
   const Split split{channels, inner, positions, per, parts, lanes};
   const int tiles = gridDim.x / parts;
   const Block own(split, blockIdx.x % tiles, blockIdx.x / tiles);
@@ -25,8 +25,8 @@ KT_KERNEL(KT_THREADS, KT_RESIDENT) bn_stats(const KT_T* x, const kt_real* weight
   if (hi) put_statistics(c, m, Normal(m, h[0]), h, hi, lo, rstd, running_mean, running_var);
 }
 
-KT_KERNEL(KT_THREADS, KT_RESIDENT) bn_finish(int channels, const double* count, const double* mean, const double* m2, Scalars<3> h,
-                         kt_real* hi, kt_real* lo, kt_real* rstd, kt_real* running_mean, kt_real* running_var) {
+KT_KERNEL(KT_THREADS, KT_RESIDENT) bn_finish(int channels, const double* count, const double* mean, const double* m2,
+    Scalars<3> h, kt_real* hi, kt_real* lo, kt_real* rstd, kt_real* running_mean, kt_real* running_var) {
   const long long c = grid_thread();
   if (c >= channels) return;
   const Moments<double> m{count[0], mean[c], m2[c]};
@@ -34,27 +34,27 @@ KT_KERNEL(KT_THREADS, KT_RESIDENT) bn_finish(int channels, const double* count, 
 }
 
 // From the last block to the first: what the sums have read last is read first, and may still be in the cache.
-KT_KERNEL(KT_THREADS, KT_RESIDENT) bn_apply(const KT_T* x, int channels, long long inner, long long positions, long long per, int parts,
-                        int lanes, const kt_real* hi, const kt_real* lo, const kt_real* rstd, const kt_real* gamma,
-                        const kt_real* beta, const KT_T* residual, kt_real floor, int large, KT_T* y) {
+KT_KERNEL(KT_THREADS, KT_RESIDENT) bn_apply(const KT_T* x, int channels, long long inner, long long positions,
+    long long per, int parts, int lanes, const kt_real* hi, const kt_real* lo, const kt_real* rstd,
+    const kt_real* gamma, const kt_real* beta, const KT_T* residual, kt_real floor, int large, KT_T* y) {
   const Split split{channels, inner, positions, per, parts, lanes};
   const int tiles = gridDim.x / parts, block = gridDim.x - 1 - blockIdx.x;
   const Block own(split, block % tiles, block / tiles);
-  const Affine affine(split, own, hi + own.first, lo + own.first, rstd + own.first, 1, gamma, beta);
+  const Affine affine(split, own, hi, lo, rstd, gamma, beta);
   write_normalised(split, own, affine, One{x}, residual, floor, large, y);
 }
 
 // The sums of dz and of dz * x̂ of every channel. `partial` holds 2 numbers for each part and channel.
-KT_KERNEL(KT_THREADS, KT_RESIDENT) bn_sums(const KT_T* dy, const KT_T* x, int channels, long long inner, long long positions, long long per,
-                       int parts, int lanes, double* partial, unsigned* tickets, const kt_real* hi, const kt_real* lo,
-                       const kt_real* rstd, const kt_real* gamma, const kt_real* beta, const KT_T* residual,
-                       kt_real limit, double* sum_dy, double* sum_dy_xhat) {
+KT_KERNEL(KT_THREADS, KT_RESIDENT) bn_sums(const KT_T* dy, const KT_T* x, int channels, long long inner,
+    long long positions, long long per, int parts, int lanes, double* partial, unsigned* tickets, const kt_real* hi,
+    const kt_real* lo, const kt_real* rstd, const kt_real* gamma, const kt_real* beta, const KT_T* residual,
+    kt_real limit, double* sum_dy, double* sum_dy_xhat) {
   const Split split{channels, inner, positions, per, parts, lanes};
   const int tiles = gridDim.x / parts;
   const Block own(split, blockIdx.x % tiles, blockIdx.x / tiles);
   const bool first = own.j == 0 && own.k < own.channels;
   const int c = own.first + own.k;
-  const Affine affine(split, own, hi + own.first, lo + own.first, rstd + own.first, 1, gamma, beta);
+  const Affine affine(split, own, hi, lo, rstd, gamma, beta);
   double sums[2];
   part_sums(split, own, affine, Two{dy, x}, residual, limit, sums);
   if (parts > 1) {
@@ -67,15 +67,14 @@ KT_KERNEL(KT_THREADS, KT_RESIDENT) bn_sums(const KT_T* dy, const KT_T* x, int ch
   sum_dy_xhat[c] = sums[1];
 }
 
-KT_KERNEL(KT_THREADS, KT_RESIDENT) bn_gradient(const KT_T* dy, const KT_T* x, const kt_real* weights, int channels, long long inner,
-                           long long positions, long long per, int parts, int lanes, const double* count,
-                           const kt_real* hi, const kt_real* lo, const kt_real* rstd, const kt_real* gamma,
-                           const kt_real* beta, const KT_T* residual, kt_real limit, const double* sum_dy,
-                           const double* sum_dy_xhat, int large, KT_T* dx, KT_T* dresidual) {
+KT_KERNEL(KT_THREADS, KT_RESIDENT) bn_gradient(const KT_T* dy, const KT_T* x, const kt_real* weights, int channels,
+    long long inner, long long positions, long long per, int parts, int lanes, const double* count, const kt_real* hi,
+    const kt_real* lo, const kt_real* rstd, const kt_real* gamma, const kt_real* beta, const KT_T* residual,
+    kt_real limit, const double* sum_dy, const double* sum_dy_xhat, int large, KT_T* dx, KT_T* dresidual) {
   const Split split{channels, inner, positions, per, parts, lanes};
   const int tiles = gridDim.x / parts, block = gridDim.x - 1 - blockIdx.x;
   const Block own(split, block % tiles, block / tiles);
-  const Affine affine(split, own, hi + own.first, lo + own.first, rstd + own.first, 1, gamma, beta);
+  const Affine affine(split, own, hi, lo, rstd, gamma, beta);
   const double inverse = 1.0 / count[0];
   kt_real mean_dy[KT_A], slope[KT_A];
 #pragma unroll
@@ -84,8 +83,9 @@ KT_KERNEL(KT_THREADS, KT_RESIDENT) bn_gradient(const KT_T* dy, const KT_T* x, co
     mean_dy[a] = mean_of(sum_dy[c], inverse);
     slope[a] = slope_of(sum_dy_xhat[c], inverse, rstd[c]);
   }
+  const Two read{dy, x};
   if (weights)
-    write_gradient<true>(split, own, affine, mean_dy, slope, Two{dy, x}, weights, residual, limit, large, dx, dresidual);
+    write_gradient<true>(split, own, affine, mean_dy, slope, read, weights, residual, limit, large, dx, dresidual);
   else
-    write_gradient<false>(split, own, affine, mean_dy, slope, Two{dy, x}, weights, residual, limit, large, dx, dresidual);
+    write_gradient<false>(split, own, affine, mean_dy, slope, read, weights, residual, limit, large, dx, dresidual);
 }

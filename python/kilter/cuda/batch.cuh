@@ -188,6 +188,11 @@ KT_DEVICE void put_statistics(int c, const Moments<double>& m, const Normal& nor
 struct Affine {
   kt_real hi[KT_A], lo[KT_A], rstd[KT_A], scale[KT_A], beta[KT_A];
 
+  // From vectors with one number for each channel.
+  KT_DEVICE Affine(const Split& split, const Block& own, const kt_real* his, const kt_real* los, const kt_real* rstds,
+                   const kt_real* gamma, const kt_real* shift)
+      : Affine(split, own, his + own.first, los + own.first, rstds + own.first, 1, gamma, shift) {}
+
   // The block's channel i has hi, lo and rstd at i * stride.
   KT_DEVICE Affine(const Split& split, const Block& own, const kt_real* his, const kt_real* los, const kt_real* rstds,
                    int stride, const kt_real* gamma, const kt_real* shift) {
@@ -233,17 +238,17 @@ KT_DEVICE void write_normalised(const Split& split, const Block& own, const Affi
 KT_DEVICE kt_real masked(kt_real dy, kt_real z, kt_real limit) { return z <= limit ? 0 : dy; }
 
 // The sums of dz and of dz * x̂ over the block's part: in each thread those of its team's channel.
-template <typename Read>
+template <int U = KT_U2, typename Read>
 KT_DEVICE void part_sums(const Split& split, const Block& own, const Affine& affine, const Read& read,
                          const KT_T* residual, kt_real limit, double (&sums)[2]) {
   kt_sum sum_dy[KT_A] = {}, sum_dy_xhat[KT_A] = {};
-  each_look<KT_U2>(Walk(split, own), [&](const auto& look) {
-    Vec<KT_T, KT_V> dy[KT_U2], x[KT_U2], r[KT_U2];
+  each_look<U>(Walk(split, own), [&](const auto& look) {
+    Vec<KT_T, KT_V> dy[U], x[U], r[U];
     read(look, dy, x);
     if (residual) look.read(residual, r);
     kt_real s1[KT_A] = {}, s2[KT_A] = {};
 #pragma unroll
-    for (int u = 0; u < KT_U2; ++u) {
+    for (int u = 0; u < U; ++u) {
       if (!look.has(u)) continue;
 #pragma unroll
       for (int v = 0; v < KT_V; ++v) {
@@ -291,16 +296,16 @@ KT_DEVICE kt_real mean_of(double sum, double inverse) { return (kt_real)(sum * i
 KT_DEVICE kt_real slope_of(double sum, double inverse, kt_real rstd) { return (kt_real)(sum * inverse * (double)rstd); }
 
 // Writes dx = gamma * rstd * (dz - w * mean_dy - (x - mean) * w * slope), and dz.
-template <bool WEIGHTED, typename Read>
+template <bool WEIGHTED, int U = KT_U2, typename Read>
 KT_DEVICE void write_gradient(const Split& split, const Block& own, const Affine& affine, const kt_real (&mean_dy)[KT_A],
                               const kt_real (&slope)[KT_A], const Read& read, const kt_real* weights,
                               const KT_T* residual, kt_real limit, int large, KT_T* dx, KT_T* dresidual) {
-  each_look<KT_U2>(Walk(split, own), [&](const auto& look) {
-    Vec<KT_T, KT_V> dy[KT_U2], x[KT_U2], r[KT_U2];
+  each_look<U>(Walk(split, own), [&](const auto& look) {
+    Vec<KT_T, KT_V> dy[U], x[U], r[U];
     read(look, dy, x);
     if (residual) look.read(residual, r);
 #pragma unroll
-    for (int u = 0; u < KT_U2; ++u) {
+    for (int u = 0; u < U; ++u) {
       if (!look.has(u)) continue;
       Vec<kt_real, KT_W> w;
       if (WEIGHTED) w = weights_at(weights, look.at[u]);
@@ -322,7 +327,7 @@ KT_DEVICE void write_gradient(const Split& split, const Block& own, const Affine
 }
 
 // The same for all threads of a block, each of whose teams brings what belongs to its channel.
-template <typename Read>
+template <int U = KT_U2, typename Read>
 KT_DEVICE void write_with(const Split& split, const Block& own, const Affine& affine, kt_real mean_dy, kt_real slope,
                           const Read& read, const kt_real* weights, const KT_T* residual, kt_real limit, int large,
                           KT_T* dx, KT_T* dresidual) {
@@ -334,6 +339,8 @@ KT_DEVICE void write_with(const Split& split, const Block& own, const Affine& af
     means[a] = all[own.channel(split, a) * 2];
     slopes[a] = all[own.channel(split, a) * 2 + 1];
   }
-  if (weights) write_gradient<true>(split, own, affine, means, slopes, read, weights, residual, limit, large, dx, dresidual);
-  else write_gradient<false>(split, own, affine, means, slopes, read, weights, residual, limit, large, dx, dresidual);
+  if (weights)
+    write_gradient<true, U>(split, own, affine, means, slopes, read, weights, residual, limit, large, dx, dresidual);
+  else
+    write_gradient<false, U>(split, own, affine, means, slopes, read, weights, residual, limit, large, dx, dresidual);
 }

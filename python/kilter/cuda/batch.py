@@ -26,7 +26,7 @@ def _family(columns: int, threads: int, stats: int, apply: int, sums: int, gradi
     """The kernels for planes or for columns, with the registers of each."""
     kernels = {
         "bn_stats": Limits(stats, vectorised=True, scalar_stores=12, reduces=True),
-        "bn_finish": Limits(40),
+        "bn_finish": Limits(48),
         "bn_apply": Limits(apply, vectorised=True),
         "bn_sums": Limits(sums, vectorised=True, scalar_stores=5, reduces=True),
         "bn_gradient": Limits(gradient, vectorised=True),
@@ -36,7 +36,7 @@ def _family(columns: int, threads: int, stats: int, apply: int, sums: int, gradi
 
 
 PLANES = _family(0, channels.PLANES, stats=80, apply=80, sums=80, gradient=80)
-COLUMNS = _family(1, channels.COLUMNS, stats=100, apply=112, sums=128, gradient=128)
+COLUMNS = _family(1, channels.COLUMNS, stats=128, apply=112, sums=128, gradient=128)
 _NO_SCALARS = np.zeros(3)  # in place of h, where it is not read
 
 

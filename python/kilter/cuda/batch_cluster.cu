@@ -1,6 +1,6 @@
 #include "batch.cuh"
-// Batch norm in one launch each way, for sm_90 and later: a cluster of KT_K blocks holds the values of a tile of channels in
-// shared memory, so that they are read from memory once. Sums meet in the shared memory of the cluster's blocks.
+// Batch norm in one launch each way, for sm_90 and later: a cluster of KT_K blocks holds the values of a tile of channels
+// in shared memory, so that they are read from memory once. Sums meet in the shared memory of the cluster's blocks.
 
 typedef Packed<KT_T, KT_V>::word kt_word;  // KT_V elements are one word of 16 bytes
 
@@ -95,10 +95,10 @@ KT_KERNEL(KT_THREADS, 1) KT_CLUSTER(KT_K) bn_backward_cluster(const KT_T* dy, co
   const Split split{channels, inner, positions, per, parts, lanes};
   const Block own(split, blockIdx.x / KT_K, kt_cluster_rank());
   const bool has = own.k < own.channels;
-  const Affine affine(split, own, hi + own.first, lo + own.first, rstd + own.first, 1, gamma, beta);
   const Place place_dy{held}, place_x{held + turns * (int)blockDim.x};
   double sums[2];
-  part_sums(split, own, affine, Both<Keep>{{dy, place_dy}, {x, place_x}}, residual, limit, sums);
+  part_sums(split, own, Affine(split, own, hi, lo, rstd, gamma, beta), Both<Keep>{{dy, place_dy}, {x, place_x}},
+            residual, limit, sums);
   if (own.j == 0 && has) {
     brought[own.k * 2] = sums[0];
     brought[own.k * 2 + 1] = sums[1];
@@ -116,6 +116,7 @@ KT_KERNEL(KT_THREADS, 1) KT_CLUSTER(KT_K) bn_backward_cluster(const KT_T* dy, co
     sum_dy_xhat[c] = sums[1];
   }
   const double inverse = 1.0 / count[0];
+  const Affine affine(split, own, hi, lo, rstd, gamma, beta);  // once more, rather than in registers meanwhile
   write_with(split, own, affine, mean_of(sums[0], inverse), slope_of(sums[1], inverse, rstd[c]),
              Both<Kept>{{place_dy}, {place_x}}, weights, residual, limit, large, dx, dresidual);
 }

@@ -79,11 +79,12 @@ def in_cluster(shape: tuple[int, int, int], size: int, held: int, weighted: bool
     tiles = tiling(shape, size, 16 // size, weighted)
     if tiles.width * size != 16 or not tiles.tiles:
         return None
-    tiles = tiles._replace(threads=min(_THREADS, warps(tiles.positions * (tiles.lanes if tiles.columns else 1))))
-    if tiles.columns:
-        tiles = tiles._replace(threads=max(tiles.threads, warps(tiles.lanes * tiles.width // tiles.inner)))
+    least = tiles.lanes * tiles.width // tiles.inner if tiles.columns else 1
     for k in _CLUSTERS:
         per = max(1, blocks(tiles.positions, k))
+        # The registers of a multiprocessor are enough for 512 threads: those of one block, or of two.
+        threads = min(_THREADS // 2 if k == 1 else _THREADS, warps(per * tiles.lanes))
+        tiles = tiles._replace(threads=max(threads, warps(max(tiles.lanes, least))))
         turns = blocks(per, tiles.at_once)
         shared = turns * tiles.threads * 16
         most = (room // 2 if k == 1 else room) - _SUMS[tiles.columns]
@@ -99,7 +100,7 @@ def in_l2(shape: tuple[int, int, int], size: int, held: int, weighted: bool, pro
     if tiles.width * size != 16 or not tiles.tiles:
         return None
     resident = processors * (1 if tiles.columns else 2)
-    slice_ = tiles.positions * (tiles.lanes if tiles.columns else 1) * 16 * held
+    slice_ = tiles.positions * tiles.lanes * 16 * held
     parts = max(1, blocks(resident * slice_, _L2))
     if tiles.columns:
         parts = max(parts, blocks(tiles.positions, tiles.at_once * MANY))

@@ -39,6 +39,13 @@ KT_KERNEL(KT_THREADS, 2 - KT_COLUMNS) bn_train_resident(const KT_T* x, const kt_
   leave(tickets, groups);
 }
 
+// The positions that a thread reads at once: many columns leave registers for no more than one.
+#if KT_COLUMNS && (KT_V == 8 || __CUDA_ARCH__ >= 1200)
+const int KT_PAIRS = 1;
+#else
+const int KT_PAIRS = KT_U2;
+#endif
+
 // dy, x and a residual are read twice, once of it from memory; dx and dresidual are written once.
 KT_KERNEL(KT_THREADS, 2 - KT_COLUMNS) bn_backward_resident(const KT_T* dy, const KT_T* x, const kt_real* weights,
     int channels, long long inner, long long positions, long long per, int parts, int lanes, int tiles,
@@ -52,9 +59,8 @@ KT_KERNEL(KT_THREADS, 2 - KT_COLUMNS) bn_backward_resident(const KT_T* dy, const
     const Block own(split, tile, blockIdx.x % parts);
     const bool has = own.k < own.channels;
     const int c = has ? own.first + own.k : own.first;
-    const Affine affine(split, own, hi + own.first, lo + own.first, rstd + own.first, 1, gamma, beta);
     double sums[2];
-    part_sums(split, own, affine, Two{dy, x}, residual, limit, sums);
+    part_sums<KT_PAIRS>(split, own, Affine(split, own, hi, lo, rstd, gamma, beta), Two{dy, x}, residual, limit, sums);
     if (own.j == 0 && has) put_sums(partial, own.part, channels, c, sums);
     kt_group_sync(tickets + group, parts, round);
     merge_sums(own, parts, partial, channels, c, sums);
@@ -62,8 +68,9 @@ KT_KERNEL(KT_THREADS, 2 - KT_COLUMNS) bn_backward_resident(const KT_T* dy, const
       sum_dy[c] = sums[0];
       sum_dy_xhat[c] = sums[1];
     }
-    write_with(split, own, affine, mean_of(sums[0], inverse), slope_of(sums[1], inverse, rstd[c]), Two{dy, x}, weights,
-               residual, limit, large, dx, dresidual);
+    const Affine affine(split, own, hi, lo, rstd, gamma, beta);  // once more, rather than in registers meanwhile
+    write_with<KT_PAIRS>(split, own, affine, mean_of(sums[0], inverse), slope_of(sums[1], inverse, rstd[c]),
+                         Two{dy, x}, weights, residual, limit, large, dx, dresidual);
   }
   leave(tickets, groups);
 }

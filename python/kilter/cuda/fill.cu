@@ -101,24 +101,24 @@ KT_DEVICE void fill(T* out, long long n, unsigned long long seed, unsigned strea
 
 const int KT_V = 16 / sizeof(KT_T);
 
-KT_KERNEL(256) fill_uniform(KT_T* out, long long n, unsigned long long seed, unsigned stream, long long first,
-                            Scalars<2> h) {
-  fill<KT_V>(out, n, seed, stream, 0, first, Uniform{(kt_real)h[0], (kt_real)h[1]});
+KT_KERNEL(256) fill_uniform(KT_T* out, long long n, unsigned long long seed, unsigned stream, unsigned attempt,
+                            long long first, Scalars<2> h) {
+  fill<KT_V>(out, n, seed, stream, attempt, first, Uniform{(kt_real)h[0], (kt_real)h[1]});
 }
 
-KT_KERNEL(256) fill_uniform_tail(KT_T* out, long long n, unsigned long long seed, unsigned stream, long long first,
-                                 Scalars<2> h) {
-  fill<1>(out, n, seed, stream, 0, first, Uniform{(kt_real)h[0], (kt_real)h[1]});
+KT_KERNEL(256) fill_uniform_tail(KT_T* out, long long n, unsigned long long seed, unsigned stream, unsigned attempt,
+                                 long long first, Scalars<2> h) {
+  fill<1>(out, n, seed, stream, attempt, first, Uniform{(kt_real)h[0], (kt_real)h[1]});
 }
 
-KT_KERNEL(256) fill_normal(KT_T* out, long long n, unsigned long long seed, unsigned stream, long long first,
-                           Scalars<2> h) {
-  fill<KT_V>(out, n, seed, stream, 0, first, Normal{(kt_real)h[0], (kt_real)h[1]});
+KT_KERNEL(256) fill_normal(KT_T* out, long long n, unsigned long long seed, unsigned stream, unsigned attempt,
+                           long long first, Scalars<2> h) {
+  fill<KT_V>(out, n, seed, stream, attempt, first, Normal{(kt_real)h[0], (kt_real)h[1]});
 }
 
-KT_KERNEL(256) fill_normal_tail(KT_T* out, long long n, unsigned long long seed, unsigned stream, long long first,
-                                Scalars<2> h) {
-  fill<1>(out, n, seed, stream, 0, first, Normal{(kt_real)h[0], (kt_real)h[1]});
+KT_KERNEL(256) fill_normal_tail(KT_T* out, long long n, unsigned long long seed, unsigned stream, unsigned attempt,
+                                long long first, Scalars<2> h) {
+  fill<1>(out, n, seed, stream, attempt, first, Normal{(kt_real)h[0], (kt_real)h[1]});
 }
 
 KT_KERNEL(256) philox(unsigned* out, long long n, unsigned long long seed, unsigned stream, unsigned attempt) {

@@ -31,22 +31,23 @@ def philox(cuda: Launcher, out: Any, seed: int, stream: int, attempt: int = 0) -
 
 def fill_uniform(cuda: Launcher, out: Any, seed: int, stream: int, h: Any) -> None:
     """Fills out with shift + scale * u, u uniform on [0, 1); h = (shift, scale)."""
-    _fill(cuda, "fill_uniform", out, seed, stream, h)
+    _fill(cuda, "fill_uniform", out, seed, stream, 0, h)
 
 
-def fill_normal(cuda: Launcher, out: Any, seed: int, stream: int, h: Any) -> None:
+def fill_normal(cuda: Launcher, out: Any, seed: int, stream: int, h: Any, attempt: int = 0) -> None:
     """Fills out with shift + scale * z, z standard normal; h = (shift, scale)."""
-    _fill(cuda, "fill_normal", out, seed, stream, h)
+    _fill(cuda, "fill_normal", out, seed, stream, attempt, h)
 
 
-def _fill(cuda: Launcher, kernel: str, out: Any, seed: int, stream: int, h: Any) -> None:
+def _fill(cuda: Launcher, kernel: str, out: Any, seed: int, stream: int, attempt: int, h: Any) -> None:
     module = cuda.module(FAMILY, T=out.dtype)
     width = 16 // out.dtype.itemsize
     groups = out.size // _GROUP if cuda.width(out) == width else 0
     counters, all_counters = 16 * groups, 16 * blocks(out.size, _GROUP)
-    module.launch(kernel, blocks(counters, _THREADS * width), _THREADS, out, groups * _GROUP, seed, stream, 0, h)
+    vectors = blocks(counters, _THREADS * width)
+    module.launch(kernel, vectors, _THREADS, out, groups * _GROUP, seed, stream, attempt, 0, h)
     rest = blocks(all_counters - counters, _THREADS)
-    module.launch(f"{kernel}_tail", rest, _THREADS, out, out.size, seed, stream, counters, h)
+    module.launch(f"{kernel}_tail", rest, _THREADS, out, out.size, seed, stream, attempt, counters, h)
 
 
 FAMILIES = (FAMILY,)

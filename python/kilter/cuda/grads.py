@@ -51,7 +51,7 @@ def _scan(cuda: Launcher, tables: Sequence[tuple[Any, Table]], out: Any) -> None
 def _tables(cuda: Launcher, column: str, names: Sequence[str], grads: Sequence[Any]) -> list[tuple[Any, Table]]:
     """Returns a table for each dtype."""
     rows = np.zeros(len(grads), TENSOR)
-    rows[column] = tensors.checked(cuda, "grads", names, grads)
+    rows[column] = tensors.checked(cuda, "grads", names, grads, next(iter(grads), None))
     rows["n"] = [g.size for g in grads]
     rows["wide_g"] = rows[column] % np.uint64(16) == 0
     dtypes = [g.dtype for g in grads]

@@ -250,7 +250,10 @@ class Module:
     def _device(self, kernel: str, arrays: Sequence[Any]) -> int:
         devices = {self.runtime.device_of(array) for array in arrays if array is not None}
         if len(devices) > 1:
-            self._fail(kernel, f"expected all arrays on one device, got {sorted(devices)}")
+            current = self.runtime.current_device()
+            self._fail(
+                kernel, f"expected all arrays on one device, got {sorted(devices)}; {current} is the current one"
+            )
         return devices.pop() if devices else self.runtime.current_device()
 
     def _converter(self, kernel: str, parameter: Parameter) -> Callable[[Any], Any]:

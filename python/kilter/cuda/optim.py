@@ -169,8 +169,9 @@ def _rows(cuda: Launcher, rule: Rule, part: Part) -> Any:
     if not len(part.names) == len(part.params) == len(part.grads):
         raise KilterError(f"grads: expected {len(part.params)} arrays, got {len(part.grads)}")
     rows = np.zeros(len(part.params), TENSOR)
-    rows["p"] = tensors.checked(cuda, "params", part.names, part.params)
-    rows["g"] = tensors.checked(cuda, "grads", part.names, part.grads)
+    like = next(iter(part.params), None)
+    rows["p"] = tensors.checked(cuda, "params", part.names, part.params, like)
+    rows["g"] = tensors.checked(cuda, "grads", part.names, part.grads, like)
     rows["n"] = [p.size for p in part.params]
     for name, p, g in zip(part.names, part.params, part.grads, strict=True):
         if p.shape != g.shape:
@@ -193,8 +194,9 @@ def _rows(cuda: Launcher, rule: Rule, part: Part) -> Any:
 def _state_of(cuda: Launcher, rule: Rule, part: Part) -> tuple[list[Any], list[Any], list[Any]]:
     """Returns the windows, the slots and the masters of a part."""
     masters = [] if part.masters is None else [part.masters]
-    tensors.checked(cuda, "state", [""] * len(part.state), part.state)
-    tensors.checked(cuda, "masters", [""] * len(masters), masters)
+    like = next(iter(part.params), None)
+    tensors.checked(cuda, "state", [""] * len(part.state), part.state, like)
+    tensors.checked(cuda, "masters", [""] * len(masters), masters, like)
     windows, slots = [a for a in part.state if a.ndim == 2], [a for a in part.state if a.ndim != 2]
     if (len(windows), len(slots)) != (rule.windows, rule.slots):
         wanted = f"{rule.windows} windows and {rule.slots} slots"

@@ -13,10 +13,10 @@ typedef Shared Kept;
 
 // x is read once, y (and the sum) written once. A block has blockDim.y rows. hi is null for RMS norm; group norm has mean
 // and m2 in its place.
-KT_KERNEL(512) forward(const KT_T* x, const KT_T* residual, const kt_real* gamma, const kt_real* beta, kt_real* hi,
-                       kt_real* lo, kt_real* rstd, double* mean, double* m2, KT_T* sum, KT_T* y, long long rows,
-                       int width, double inverse, int groups, int channels, unsigned inner, unsigned factor, int shift,
-                       Scalars<1> h) {
+KT_KERNEL(512, 1) forward(const KT_T* x, const KT_T* residual, const kt_real* gamma, const kt_real* beta, kt_real* hi,
+                          kt_real* lo, kt_real* rstd, double* mean, double* m2, KT_T* sum, KT_T* y, long long rows,
+                          int width, double inverse, int groups, int channels, unsigned inner, unsigned factor,
+                          int shift, Scalars<1> h) {
   KT_SHARED(double, scratch, 96);
   KT_DYN_SHARED(KT_T, space);
   const long long row = (long long)blockIdx.x * blockDim.y + threadIdx.y, start = row * width;

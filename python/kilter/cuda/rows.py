@@ -32,13 +32,13 @@ def family(name: str, kernels: dict[str, Limits], **macros: tuple[int, ...]) -> 
     return Family(name, kernels, macros=macros, built=built, rare=lambda v: v["V"] not in (1, widest(v["T"])))
 
 
-FORWARD = family("rows", {"forward": Limits(80, True, 5)}, K=(0, 1, 4))
+FORWARD = family("rows", {"forward": Limits(88, True, 5)}, K=(0, 1, 4))
 LONG = family(
     "rows_long",
     {
         "moments": Limits(64, True, 3),
-        "apply": Limits(64, True),
-        "gradient_long": Limits(80, True),
+        "apply": Limits(64, True, newer=80),
+        "gradient_long": Limits(80, True, newer=112),
         "sums": Limits(56, True, 2, reduces=True),
     },
 )

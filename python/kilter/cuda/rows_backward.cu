@@ -6,6 +6,9 @@ const int MOST = 512;  // threads of a block
 // Vectors of a row that a thread has at most: one; or with KT_MANY four, or as many as have 16 places.
 const int VECTORS = !KT_MANY ? 1 : KT_V > 4 ? 16 / KT_V : 4;
 
+// Blocks that a multiprocessor is to hold: few sums are no reason for fewer threads.
+const int RESIDENT = KT_MANY || sizeof(KT_T) == 8 ? 1 : 2;
+
 // What a thread adds up for its places over the rows that it walks.
 struct Gradients {
   Wide dy[VECTORS], dy_xhat[VECTORS];
@@ -50,11 +53,12 @@ KT_DEVICE void write_sums(const Gradients& sums, int width, int inner, bool merg
 // Rows are n * groups + group. A walk, of the threads of one threadIdx.y, goes through the rows of one group, samples
 // part, part + parts, ..., and block column j through the places from j * width on of rows of `pitch` places: a row has
 // more than one only where its sums are `given`, mean and slope. hi is null for RMS norm; group norm has mean and m2.
-KT_KERNEL(512) backward(const KT_T* dy, const KT_T* x, const kt_real* gamma, const kt_real* hi, const kt_real* lo,
-                        const kt_real* rstd, const double* mean, const double* m2, const kt_real* given,
-                        const KT_T* dsum, KT_T* dx, kt_real* partial, long long samples, int parts, int columns,
-                        long long pitch, int width, double inverse, int groups, unsigned inner, unsigned factor,
-                        int shift, Scalars<1> h) {
+KT_KERNEL(512, RESIDENT) backward(const KT_T* dy, const KT_T* x, const kt_real* gamma, const kt_real* hi,
+                                  const kt_real* lo, const kt_real* rstd, const double* mean, const double* m2,
+                                  const kt_real* given, const KT_T* dsum, KT_T* dx, kt_real* partial,
+                                  long long samples, int parts, int columns, long long pitch, int width,
+                                  double inverse, int groups, unsigned inner, unsigned factor, int shift,
+                                  Scalars<1> h) {
   KT_SHARED(double, scratch, 128);
   const int block = blockIdx.x / columns, walk = block * blockDim.y + threadIdx.y;
   const int group = walk % groups, part = walk / groups;

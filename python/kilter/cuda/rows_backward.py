@@ -1,8 +1,8 @@
 """Backward of layer norm and RMS norm, and of group norm with channels first and small planes.
 
 Bytes moved, in sizes of the data: 3 where a row of both arrays fits into registers, else 5, and one more for dsum. A
-block, of at least 8 rows where there are so many, leaves two sums in kt_real for each place of a row, which are read
-once. Sums over rows depend on the number of the device's processors; what is in a row does not.
+block, of at least 8 rows where there are so many, leaves two sums in kt_real for each place of a row, which are read.
+Sums over rows depend on the number of the device's processors; what is in a row does not.
 """
 
 from __future__ import annotations

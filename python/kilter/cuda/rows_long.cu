@@ -4,6 +4,13 @@
 
 const int VECTORS = 4;  // of a part of a row, that a thread has at most
 
+// Blocks of `gradient_long` that a multiprocessor is to hold: as many as there are registers for without spills.
+#if __CUDA_ARCH__ >= 1000
+const int RESIDENT = 2;
+#else
+const int RESIDENT = 3;
+#endif
+
 // Part p of a row has vectors p * blockDim.x * VECTORS ...
 struct Part {
   long long row, start;  // the row, and its place in it
@@ -41,9 +48,9 @@ KT_KERNEL(256) moments(const KT_T* x, const KT_T* residual, KT_T* sum, double* p
 }
 
 // y of a part, from hi (null for RMS norm), lo and rstd, or from mean and m2. Reads x, writes y.
-KT_KERNEL(256) apply(const KT_T* x, const kt_real* gamma, const kt_real* beta, const kt_real* hi, const kt_real* lo,
-                     const kt_real* rstd, const double* mean, const double* m2, KT_T* y, long long width, int parts,
-                     int groups, int channels, long long inner, unsigned factor, int shift, Scalars<1> h) {
+KT_KERNEL(256, 2) apply(const KT_T* x, const kt_real* gamma, const kt_real* beta, const kt_real* hi, const kt_real* lo,
+                        const kt_real* rstd, const double* mean, const double* m2, KT_T* y, long long width, int parts,
+                        int groups, int channels, long long inner, unsigned factor, int shift, Scalars<1> h) {
   const Part part(width, parts);
   const long long row = part.row, at = row * width + part.start;
   const Count count = {(double)width, 1.0 / (double)width};
@@ -56,11 +63,11 @@ KT_KERNEL(256) apply(const KT_T* x, const kt_real* gamma, const kt_real* beta, c
   kept.each(part.n, [&](int i, const Data& value) { stream<KT_V>(y + at + i * KT_V, affine(value, i * KT_V)); });
 }
 
-// dx of a part, from mean and m2, and from `means`: for each row the mean of g = dy * gamma, the slope and rstd. Reads dy and
-// x, writes dx.
-KT_KERNEL(256) gradient_long(const KT_T* dy, const KT_T* x, const kt_real* gamma, const double* mean,
-                             const kt_real* means, KT_T* dx, long long width, int parts, int groups, int channels,
-                             long long inner, unsigned factor, int shift) {
+// dx of a part, from mean and m2, and from `means`: for each row the mean of g = dy * gamma, the slope and rstd. Reads dy
+// and x, writes dx.
+KT_KERNEL(256, RESIDENT) gradient_long(const KT_T* dy, const KT_T* x, const kt_real* gamma, const double* mean,
+                                       const kt_real* means, KT_T* dx, long long width, int parts, int groups,
+                                       int channels, long long inner, unsigned factor, int shift) {
   const Part part(width, parts);
   const long long row = part.row, at = row * width + part.start;
   const kt_real hi = (kt_real)mean[row], lo = (kt_real)(mean[row] - (double)hi);

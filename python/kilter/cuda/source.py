@@ -43,6 +43,11 @@ class Limits(NamedTuple):
     # ... but for so many stores to global memory: tails, results of a reduction; of a variant, where that differs.
     scalar_stores: int | Callable[[dict[str, Any]], int] = 0
     reduces: bool = False  # it writes such results alone
+    newer: int = 0  # registers on sm_100 and later, where those are more
+
+    def most(self, arch: int) -> int:
+        """Returns how many registers a kernel may have on sm_<arch>."""
+        return max(self.registers, self.newer if arch >= 100 else 0)
 
 
 class Family(NamedTuple):

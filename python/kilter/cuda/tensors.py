@@ -79,14 +79,15 @@ def _kept(cuda: Launcher, kind: str, key: Hashable, make: Callable[[], Any]) -> 
     return kept[key]
 
 
-def checked(cuda: Launcher, role: str, names: Sequence[str], arrays: Sequence[Any]) -> Any:
-    """Returns the addresses of arrays that kernels can work on where they lie.
+def checked(cuda: Launcher, role: str, names: Sequence[str], arrays: Sequence[Any], like: Any) -> Any:
+    """Returns the addresses of arrays that kernels can work on where they lie, on the device of `like`.
 
     Raises:
         LayoutError: one is not C-contiguous.
         KilterError: one is no array on the device, or has another dtype.
     """
     places = np.empty(len(arrays), np.uint64)
+    device = cuda.runtime.device_of(like) if cuda.runtime.owns(like) else None
     for i, (name, array) in enumerate(zip(names, arrays, strict=True)):
         if not cuda.runtime.owns(array):
             wanted = f"an array of {cuda.xp.__name__}"
@@ -97,6 +98,8 @@ def checked(cuda: Launcher, role: str, names: Sequence[str], arrays: Sequence[An
         if not array.flags.c_contiguous:
             wanted = "a C-contiguous, aligned array of native byte order, got another layout"
             raise LayoutError(f"{called(role, name)}: expected {wanted}")
+        if device not in (None, own := cuda.runtime.device_of(array)):
+            raise KilterError(f"{called(role, name)}: expected an array on device {device}, got one on device {own}")
         places[i] = cuda.runtime.address(array)
     return places
 
