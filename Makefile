@@ -2,7 +2,7 @@
 
 PYTHON ?= python
 
-.PHONY: setup fmt lint test bench wheel size
+.PHONY: setup fmt lint test bench wheel size cuda-check cuda-all cuda-asan mutants
 
 setup:  # an environment in .venv, with kilter in place; again after a change of Rust code
 	test -d .venv || $(PYTHON) -m venv .venv
@@ -29,12 +29,25 @@ bench:
 	cargo bench -p kilter-core
 	$(PYTHON) -m pytest benches
 
+cuda-check:  # CUDA kernels, compiled without a device for sm_75 and sm_90
+	$(PYTHON) tests/cuda_check.py
+
+cuda-all:  # for sm_75 to sm_120, in every variant
+	$(PYTHON) tests/cuda_check.py --all
+
+cuda-asan:  # all tests of CUDA kernels under AddressSanitizer: half an hour
+	$(PYTHON) tests/cuda_asan.py --all
+
+mutants:  # faults planted in CUDA kernels, one at a time: hours; FILES="fill.cu tick.cu" for those of some
+	$(PYTHON) tests/cuda_mutants.py $(FILES)
+
 WHEELS ?= target/wheels
 
-wheel:  # for every Linux of the last ten years; needs maturin[zig]
+wheel:  # for every Linux of the last ten years; needs maturin[zig] and zopfli
 	maturin build --quiet --release --zig --compatibility manylinux2014 --compression-level 9 --out $(WHEELS) \
 		-- -Clinker=$(CURDIR)/.ci/dense-cc
+	$(PYTHON) .ci/repack.py $(WHEELS)/*.whl
 
-size: wheel  # of the wheel: under 1.75 MB
+size: wheel  # of the wheel: under 1.5 MB
 	@stat --printf '%n: %s bytes\n' $(WHEELS)/*.whl
-	@test $$(stat --format %s $(WHEELS)/*.whl) -lt 1750000
+	@test $$(stat --format %s $(WHEELS)/*.whl) -lt 1500000

@@ -83,8 +83,8 @@ def moves(body):
     return [(kind, int((vector or ".v1")[2:]) * int(bits) // 8) for kind, vector, _, bits in _MOVE.findall(body)]
 
 
-def faults_of_ptx(family, variant, ptx):
-    """What is wrong with a module's PTX."""
+def faults_of_ptx(family, variant, ptx, arch=0):
+    """What is wrong with a module's PTX; for sm_100 and later the compiler may join scalar stores."""
     bodies = {match[1]: match[0] for match in _ENTRY.finditer(ptx)}
     if set(bodies) != set(family.kernels):
         yield f"kernels {sorted(bodies)}, the registry has {sorted(family.kernels)}"
@@ -106,7 +106,7 @@ def faults_of_ptx(family, variant, ptx):
             yield f"{name}: no words of 16 bytes: {found}"
         scalar = sum(size < 16 for size in stores)
         wanted = limits.scalar_stores(variant) if callable(limits.scalar_stores) else limits.scalar_stores
-        if scalar != wanted:
+        if scalar > wanted or (scalar < wanted and arch < 100):
             yield f"{name}: {scalar} scalar stores, {wanted} are registered"
 
 
@@ -122,12 +122,12 @@ def check(family, variant, arch, text=None):
     found = [f"warning: {line}" for line in warnings(log)]
     for name, (registers, stack, spills) in used.items():
         limits = family.kernels.get(name)
-        if limits and registers > limits.registers:
-            found.append(f"{name}: {registers} registers, {limits.registers} are allowed")
+        if limits and registers > limits.most(arch):
+            found.append(f"{name}: {registers} registers, {limits.most(arch)} are allowed")
         if stack or spills:
             found.append(f"{name}: {stack} bytes of stack, {spills} of spills")
     found += [f"{name}: no report of its usage" for name in family.kernels if name not in used]
-    return found + list(faults_of_ptx(family, variant, ptx)), used
+    return found + list(faults_of_ptx(family, variant, ptx, arch)), used
 
 
 def main(arguments=None):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -25,6 +25,7 @@ class Backend(NamedTuple):
 
 NUMPY = Backend(np, _kilter)
 _registered: dict[type, Backend] = {np.ndarray: NUMPY}
+_HOST = frozenset((np.ndarray, type(None)))
 
 
 def place(array: Any) -> int:
@@ -45,28 +46,32 @@ def backend_of(*arrays: Any, names: Sequence[str] = ()) -> Backend:
     `names` are what messages call them.
 
     Raises:
-        KilterError: an argument is no array, or the arrays come from two libraries.
+        KilterError: an argument is no array, or the arrays come from two libraries or lie on two devices.
     """
+    if _HOST.issuperset(map(type, arrays)):
+        return NUMPY
     found: Backend | None = None
     for index, array in enumerate(arrays):
         if array is None:
             continue
         backend = _registered.get(type(array)) or _look_up(array, names[index] if names else "array")
         if found is not None and backend is not found:
-            raise KilterError(
-                f"arrays: expected all from one library, got {found.xp.__name__} and {backend.xp.__name__}"
-            )
+            _refuse(arrays, names, index, found.xp.__name__, backend.xp.__name__)
         found = backend
     if found is None or found is NUMPY:
         return NUMPY
-    _check_devices(arrays)
+    device = next(array.device for array in arrays if array is not None)
+    for index, array in enumerate(arrays):
+        if array is not None and array.device != device:
+            _refuse(arrays, names, index, device, array.device)
     return found
 
 
-def _check_devices(arrays: Sequence[Any]) -> None:
-    devices = [array.device for array in arrays if array is not None]
-    if any(device != devices[0] for device in devices):
-        raise KilterError(f"arrays: expected all on one device, got {', '.join(map(str, devices))}")
+def _refuse(arrays: Sequence[Any], names: Sequence[str], index: int, wanted: object, got: object) -> NoReturn:
+    """Says that an array is not where the first one is."""
+    first = next(i for i, array in enumerate(arrays) if array is not None)
+    one, other = (names[i] if names else "array" for i in (first, index))
+    raise KilterError(f"{other}: expected an array of {wanted}, as {one} is, got one of {got}")
 
 
 def _connect_cupy(name: str) -> Backend:
