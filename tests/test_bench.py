@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -255,6 +256,19 @@ def test_threads_are_compared():
     rows = list(script["compared"](pairs=1))
     assert [row[0] for row in rows] == [found.name for found in script["cases"]()]
     assert all(min(one, two, ratio) > 0 for _, one, two, ratio in rows)
+
+
+def test_epochs_of_both_networks_are_timed(monkeypatch, capsys):
+    script = runpy.run_path(str(BENCHES / "epoch.py"))
+    known = script["main"].__globals__
+    x = np.random.default_rng(0).standard_normal((300, 1, 28, 28), np.float32)
+    data = types.SimpleNamespace(x_train=x, y_train=np.arange(300) % 10)
+    monkeypatch.setitem(known, "fashion_mnist", lambda: data)
+    monkeypatch.setitem(known, "find_spec", lambda name: None)
+    monkeypatch.setitem(known, "ROUNDS", 1)
+    script["main"](["--samples", "256"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [(name, library) for name, library, *_ in lines] == [("mlp", "with_kilter"), ("cnn", "with_kilter")]
 
 
 def test_compare_says_what_is_missing(monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""How far the peak of resident memory rises over a large forward and backward, in a process of its own."""
+"""What large calls take from the system, in a process of their own: how far the peak of memory rises, page faults."""
 
 import subprocess
 import sys
@@ -50,3 +50,38 @@ def test_peak_of_a_large_call(dtype, axis, outputs):
     assert array == 64 * 256 * 56 * 56 * (4 if dtype == "float32" else 2)
     made = 2 * array if outputs == "fresh" else 0
     assert 0.9 * made <= growth <= made + SLACK
+
+
+STEPS = """
+import resource, sys
+import numpy as np
+from kilter import nn, optim, train
+from kilter.data import Batches
+
+class Faults(train.Callback):
+    def __init__(self):
+        self.seen = []
+
+    def on_step(self, state):
+        self.seen.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+        if sys.argv[2] == "fresh":
+            state.model.reuse_buffers(False)
+
+x = np.random.default_rng(0).standard_normal((4 * 64, 1, 28, 28), np.float32)
+model, faults = nn.MODELS[sys.argv[1]](x.shape[1:], 10), Faults()
+batches = Batches(x, np.arange(len(x)) % 10, 64, seed=0)
+optimizer = optim.AdamW(model.params())
+train.fit(model, optimizer, nn.softmax_cross_entropy, batches, epochs=5, progress=False, callbacks=[faults])
+print((faults.seen[-1] - faults.seen[7]) / (len(faults.seen) - 8))
+"""
+
+
+@pytest.mark.parametrize(
+    ("model", "buffers"), [("mlp", "reused"), ("cnn", "reused"), ("resnet", "reused"), ("cnn", "fresh")]
+)
+def test_page_faults_of_a_steady_training_step(model, buffers):
+    """Next to none: every large array is that of the step before."""
+    arguments = [sys.executable, "-c", STEPS, model, buffers]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (float(done.stdout) < 5) == (buffers == "reused"), done.stdout

@@ -1,5 +1,7 @@
 """Layers: gradients by central differences, dtypes, and what each one promises."""
 
+from functools import partial
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import pytest
 import kilter
 from gradients import F64, away_from_kinks, check_gradients, nhwc, randn
 from kilter import init, nn
+from kilter.nn import norms
 
 SIXTEEN = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
 
@@ -111,6 +114,38 @@ def test_linear_is_he_normal_by_default_and_takes_other_inits():
     np.testing.assert_array_equal(other.params()["weight"], init.xavier_uniform((30, 20), seed=5, stream=2))
 
 
+INITS = [name for name in init.__all__ if name not in ("fans", "gain")]
+
+
+@pytest.mark.parametrize("name", INITS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_initialiser_fills_the_weights_of_layers(name, dtype):
+    fill = getattr(init, name)
+    told = {"seed": 3, "stream": 1, "dtype": dtype}
+    fans = {} if name in ("uniform", "normal", "truncated_normal") else {"layout": "oihw"}
+    dense, conv = (
+        nn.Linear(6, 4, seed=3, stream=1, init=fill, dtype=dtype),
+        nn.Conv2d(2, 4, 3, seed=3, stream=1, init=fill, dtype=dtype),
+    )
+    np.testing.assert_array_equal(dense.params()["weight"], fill((6, 4), **told))
+    np.testing.assert_array_equal(conv.params()["weight"], fill((4, 2, 3, 3), **told, **fans))
+
+
+def test_options_of_initialisers_are_fixed_by_partial():
+    layer = nn.Linear(6, 4, seed=3, init=partial(init.normal, std=0.01))
+    np.testing.assert_array_equal(layer.params()["weight"], init.normal((6, 4), std=0.01, seed=3))
+
+
+@pytest.mark.parametrize("wrong", [(5, 3), (8, 2), (8,)], ids=str)
+def test_linear_refuses_gradients_of_other_batches(wrong):
+    """Also those that fitted a batch before."""
+    layer = nn.Linear(4, 3, seed=0).reuse_buffers()
+    for n in (5, 8):
+        layer.backward(layer(randn(n, 4, dtype=np.float32)).copy())
+    with pytest.raises(kilter.KilterError, match=r"^dy: "):
+        layer.backward(randn(*wrong, dtype=np.float32))
+
+
 @pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
 @pytest.mark.parametrize("reuse", [False, True])
 def test_sixteen_bit_linear_rounds_once(dtype, reuse):
@@ -183,6 +218,85 @@ def body(last, **options):
     return nn.Sequential(
         nn.Conv2d(2, 2, 3, padding=1, seed=0, dtype=F64), nn.ReLU(), nn.Conv2d(2, 2, 1, seed=1, dtype=F64), *last
     )
+
+
+STEADY = {
+    "f32": ({"activation": "relu"}, np.float32, (6, 3)),
+    "f64, planes": ({}, F64, (4, 3, 5, 2)),
+    "bfloat16": ({"activation": "relu"}, SIXTEEN[1], (6, 3)),
+    "no affine": ({"affine": False}, np.float32, (6, 3)),
+    "channels last": ({"axis": -1}, np.float32, (2, 5, 3)),
+    "cumulative": ({"momentum": None}, np.float32, (6, 3)),
+    "schedule": ({"momentum": lambda k: 1 / (k + 2)}, np.float32, (6, 3)),
+}
+CHANGES = {
+    "none": lambda layer: layer,
+    "eps": lambda layer: setattr(layer, "eps", 0.5),
+    "momentum": lambda layer: setattr(layer.running, "momentum", 0.4),
+    "unbiased": lambda layer: setattr(layer.running, "unbiased", False),
+    "activation": lambda layer: setattr(layer, "activation", None),
+    "frozen": lambda layer: layer.freeze(),
+    "thawed": lambda layer: layer.thaw(),
+    "eval": lambda layer: layer.eval(),
+    "train": lambda layer: layer.train(),
+    "reset": lambda layer: layer.running.reset(),
+    "other statistics": lambda layer: setattr(layer.running, "mean", layer.running.mean + 1),
+    "loaded": lambda layer: layer.load_state_dict({n: np.ones_like(v) for n, v in layer.state_dict().items()}),
+    "converted": lambda layer: layer.to(layer.running.var.dtype),
+    "fresh buffers": lambda layer: layer.reuse_buffers(layer.reuses_buffers),
+}
+
+
+@pytest.mark.parametrize("name", STEADY)
+def test_batch_norm_over_the_same_arrays_is_that_over_fresh_ones(name):
+    """Whatever changes between the steps, the arrays that stay included."""
+    options, dtype, shape = STEADY[name]
+    fresh, kept = (nn.BatchNorm(3, dtype=dtype, **options) for _ in range(2))
+    kept.reuse_buffers()
+    x, dy = np.empty(shape, dtype), np.empty(shape, dtype)
+    for step, (change, part) in enumerate((c, p) for c in CHANGES for p in (slice(None), slice(None), slice(0, 2))):
+        x[...], dy[...] = randn(*shape, seed=2 * step).astype(dtype), randn(*shape, seed=2 * step + 1).astype(dtype)
+        seen = []
+        for layer in (fresh, kept):
+            if part == slice(None):
+                CHANGES[change](layer)
+            some = (x, dy) if part == slice(None) else (x[part], dy[part])
+            seen.append([layer(some[0]).copy(), layer.backward(some[1]).copy(), *layer.grads().values()])
+            seen[-1] += [layer.running.state_dict()[n] for n in ("mean", "var", "count", "updates")]
+            seen[-1] += [] if not layer.training or layer.frozen else list(layer.moments)
+        for one, other in zip(*seen, strict=True):
+            np.testing.assert_array_equal(np.asarray(one, F64), np.asarray(other, F64), err_msg=change)
+
+
+def test_a_fused_residual_over_the_same_arrays():
+    fresh, kept = (nn.Residual(nn.Sequential(nn.BatchNorm(3, dtype=F64)), activation="relu") for _ in range(2))
+    kept.reuse_buffers()
+    x, dy = randn(6, 3), randn(6, 3, seed=1)
+    for _ in range(3):
+        np.testing.assert_array_equal(kept(x), fresh(x))
+        np.testing.assert_array_equal(kept.backward(dy), fresh.backward(dy))
+        x += 1
+
+
+@pytest.mark.parametrize("view", [lambda a: a, lambda a: a[:]], ids=["itself", "a view"])
+def test_the_gradient_of_batch_norm_may_be_its_next_upstream(view):
+    fresh, kept, x = nn.BatchNorm(3, dtype=F64), nn.BatchNorm(3, dtype=F64).reuse_buffers(), randn(6, 3)
+    one, other = (layer.backward(layer(x).copy()) for layer in (fresh, kept))
+    for _ in range(3):
+        one, other = fresh.backward(one), kept.backward(view(other))
+        np.testing.assert_array_equal(one, other)
+
+
+def test_steady_batch_norm_looks_at_its_arguments_once(monkeypatch):
+    calls = []
+    for function in ("batch_norm", "batch_norm_backward"):
+        real = getattr(norms, function)
+        monkeypatch.setattr(norms, function, lambda *a, real=real, **k: calls.append(real) or real(*a, **k))
+    layer, x, dy = nn.BatchNorm(3).reuse_buffers(), randn(4, 3, dtype=np.float32), randn(4, 3, dtype=np.float32)
+    for _ in range(3):
+        layer(x)
+        layer.backward(dy)
+    assert len(calls) == 2
 
 
 RESIDUALS = {

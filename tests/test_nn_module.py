@@ -159,6 +159,7 @@ ON_DEVICE = {
     "conv": lambda: nn.Conv2d(2, 4, 3, padding=1, groups=2, seed=0),
     "conv, stride 2": lambda: nn.Conv2d(2, 4, 3, padding=1, stride=2, seed=0),
     "one channel": lambda: nn.Sequential(nn.Conv2d(2, 1, 1, seed=0), nn.Conv2d(1, 3, 3, padding=1, seed=1)),
+    "batch norm": lambda: nn.BatchNorm(2, activation="relu"),
     "max pool": lambda: nn.MaxPool2d(3, 2, 1),
     "avg pool": lambda: nn.AvgPool2d(2),
     "global": nn.GlobalAvgPool2d,

@@ -132,6 +132,16 @@ def test_the_first_layer_gets_the_statistics_of_the_data(batch, unbiased):
     assert (running.count, running.updates) == (64, -(-64 // batch))
 
 
+@pytest.mark.parametrize("batch", [16, 24])
+def test_recomputed_with_kept_buffers(batch):
+    x, y = blobs(64, dtype=np.float64)
+    fresh, kept = network(), network().reuse_buffers()
+    for model in (fresh, kept):
+        train.recompute_batch_norm(model, Batches(x, y, batch, seed=0))
+    for name, value in fresh.state_dict().items():
+        np.testing.assert_array_equal(value, kept.state_dict()[name])
+
+
 def test_v5_weighs_batches_by_their_count():
     """{1, 2, 3} and {10, 10}: neither the mean of means (6) nor the mean of variances (0.33)."""
     model = nn.Sequential(nn.BatchNorm(1, dtype=np.float64, unbiased=False))

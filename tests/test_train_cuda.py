@@ -34,7 +34,7 @@ def test_a_run_on_the_device_is_that_on_the_host(device, tmp_path, options):
         type(device.array(np.zeros(1)))
     }
     for row, own in zip(there.run(), want, strict=True):
-        assert row["loss"] == pytest.approx(own["loss"], rel=1e-4)
+        assert abs(row["loss"] - own["loss"]) < 1e-5
         assert row["valid_accuracy"] == own["valid_accuracy"]
     for name in ("last", "last.previous", "model"):
         one, other = (checkpoint.read(tmp_path / at / f"{name}.safetensors")[0] for at in ("host", "device"))

@@ -14,6 +14,7 @@ from kilter._backend import backend_of
 from kilter._check import fail, seed_and_stream
 from kilter.data.augment import crop, flip, noise
 from kilter.data.draws import EPOCHS, FIRST_STREAM, keys, whole
+from kilter.dist import shard
 
 Transform: TypeAlias = Callable[..., tuple[Any, Any]]
 
@@ -86,7 +87,7 @@ class Batches:
         for name, array in (("x", x), ("y", y)):
             if not getattr(array, "shape", ()) or not len(array):
                 fail(name, "an array of at least one sample", getattr(array, "shape", type(array).__name__))
-        self._xp = backend_of(x, y).xp
+        self._xp = backend_of(x, y, names=("x", "y")).xp
         if len(x) != len(y):
             fail("y", f"{len(x)} samples as in x", len(y))
         self.x, self.y, self.samples = x, y, len(x)
@@ -115,8 +116,8 @@ class Batches:
         """Return the part of one of `size` processes that train together.
 
         Every rank goes through the same batches. Of a batch of n samples, rank r yields the rows
-        r * n // size to (r + 1) * n // size: together the ranks yield the batch, and shares differ by one sample at
-        most. A share is empty where n < size: x and y then have zero rows. The samples are those of one process, bit
+        `kilter.dist.shard(n, r, size)`: together the ranks yield the batch, and shares differ by one sample at
+        most. Where n < size, the last are empty: x and y then have zero rows. The samples are those of one process, bit
         for bit, transforms included: one that mixes samples sees the whole batch on every rank, before its rows are
         cut; `flip`, `crop` and `noise` see the rank's rows only.
 
@@ -188,7 +189,8 @@ class Batches:
         for batch in range(len(self)):
             first = batch * self.batch_size
             n = min(self.batch_size, self.samples - first)
-            low, high = self.rank * n // self.size, (self.rank + 1) * n // self.size
+            own = shard(n, self.rank, self.size) if self.size > 1 else slice(0, n)
+            low, high = own.start, own.stop
             start, stop = (first, first + n) if mixing else (first + low, first + high)
             if rows is None:
                 x, y = self.x[start:stop], self.y[start:stop]

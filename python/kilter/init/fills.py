@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from kilter import _check
-from kilter._backend import Backend, backend_of
+from kilter._backend import Backend, backend_of, beside
 from kilter._check import fail
 
 _MOST = sys.float_info.max
@@ -103,8 +103,10 @@ def truncated_normal(
     mean, std = _check.number("mean", mean, -_MOST, _MOST), _check.number("std", std, 0.0, _MOST)
     seed, stream = _check.seed_and_stream(seed, stream)
     out, (xp, ops) = destination(shape, dtype, out, xp)
-    unit, again = xp.array([0.0, 1.0]), xp.empty(out.shape, np.float32)
-    z = out if out.dtype == again.dtype else xp.empty_like(again)
+    unit = np.array([0.0, 1.0])
+    with beside(out):
+        again = xp.empty(out.shape, np.float32)
+        z = out if out.dtype == again.dtype else xp.empty_like(again)
     ops.fill_normal(z, seed, stream, unit)
     attempt = 0
     while bool((outside := abs(z) >= CUT).any()):
@@ -152,5 +154,5 @@ def fill(op: str, shape: Any, shift: float, scale: float, seed: int, stream: int
     """Fills by an operation with shift + scale * variate."""
     seed, stream = _check.seed_and_stream(seed, stream)
     out, backend = destination(shape, dtype, out, xp)
-    getattr(backend.ops, op)(out, seed, stream, backend.xp.array([shift, scale], "float64"))
+    getattr(backend.ops, op)(out, seed, stream, np.array([shift, scale]))
     return out

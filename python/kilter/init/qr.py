@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from kilter import _check
+from kilter._backend import beside
 from kilter.init.fills import destination, fill
 from kilter.init.scale import fans
 
@@ -57,8 +58,9 @@ def orthogonal(
         return out
     outs = out.shape[0 if layout[0] == "o" else -1]
     short, long = sorted((outs, out.size // outs))
-    q, r = xp.linalg.qr(fill("fill_normal", (long, short), 0.0, 1.0, seed, stream, "float64", None, xp))
-    q *= xp.where(xp.diagonal(r) < 0, -gain, gain)
-    rows = outs if layout[0] == "o" else out.size // outs
-    out[...] = (q if rows == long else q.T).reshape(out.shape)
+    with beside(out):
+        q, r = xp.linalg.qr(fill("fill_normal", (long, short), 0.0, 1.0, seed, stream, "float64", None, xp))
+        q *= xp.where(xp.diagonal(r) < 0, -gain, gain)
+        rows = outs if layout[0] == "o" else out.size // outs
+        out[...] = (q if rows == long else q.T).reshape(out.shape)
     return out

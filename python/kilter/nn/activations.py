@@ -27,7 +27,7 @@ class ReLU(Module):
             return None
         y = self.cache()
         expect(dy, y.shape, y.dtype, "dy")
-        return backend_of(y, dy).xp.multiply(dy, positive(self, y), out=self.buffer("dx", y))
+        return backend_of(y, dy, names=("y", "dy")).xp.multiply(dy, positive(self, y), out=self.buffer("dx", y))
 
 
 class LeakyReLU(Module):
@@ -61,7 +61,7 @@ class LeakyReLU(Module):
             return None
         x = self.cache()
         expect(dy, x.shape, x.dtype, "dy")
-        xp, dx = backend_of(x, dy).xp, self.buffer("dx", x)
+        xp, dx = backend_of(x, dy, names=("x", "dy")).xp, self.buffer("dx", x)
         xp.maximum(positive(self, x), x.dtype.type(self.negative_slope), out=dx)  # 1 or the slope
         return xp.multiply(dx, dy, out=dx)
 

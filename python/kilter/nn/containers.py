@@ -16,10 +16,12 @@ class Flatten(Module):
     """(N, ...) to (N, product of the rest)."""
 
     def forward(self, x: Array) -> Array:
-        """A view of x in C order, a copy of any other."""
+        """x itself where it is (N, K); a view of any other x in C order, a copy of the rest."""
         if not _check.array("x", x).ndim:
             raise KilterError("x: expected at least one axis, got shape ()")
         self._cache = x
+        if x.ndim == 2:
+            return x
         if is_channels_last(x):
             y = self.buffer("y", x, x.shape)
             backend_of(x).xp.copyto(y, x)
@@ -35,7 +37,7 @@ class Flatten(Module):
         if not is_channels_last(x):
             return dy.reshape(x.shape)
         dx = self.buffer("dx", x, dtype=dy.dtype)
-        backend_of(x, dy).xp.copyto(dx, dy.reshape(x.shape))
+        backend_of(x, dy, names=("x", "dy")).xp.copyto(dx, dy.reshape(x.shape))
         return dx
 
 

@@ -12,7 +12,7 @@ from numpy.typing import DTypeLike
 from kilter import init as _init
 from kilter._backend import backend_of
 from kilter._check import arithmetic, dtype_of, fail
-from kilter.nn.linear import rounded
+from kilter.nn.linear import drawn, rounded
 from kilter.nn.module import Array, Module, channels_first, channels_last, expect
 from kilter.nn.windows import PIXELS, Columns, Pair, Window, images_at_once, interior, window
 
@@ -33,7 +33,7 @@ class Conv2d(Module):
     seed, stream
         Which random numbers fill the weight. Layers of one model need different pairs.
     init
-        A function of `kilter.init`.
+        A function of `kilter.init`, with other options than its own by `functools.partial`.
     dtype
         Of the parameters, of x and of y: float64, float32, float16 or bfloat16. The 16-bit ones are widened
         to float32 for the products, and each result is rounded once.
@@ -76,7 +76,7 @@ class Conv2d(Module):
         found = dtype_of("dtype", dtype)
         shape = (int(out_channels), int(in_channels // groups), *self.window.kernel)
         self.random_key = ("init", seed, stream)
-        self.add_param("weight", init(shape, seed=seed, stream=stream, layout="oihw", dtype=found))
+        self.add_param("weight", drawn(init, shape, "oihw", seed, stream, found))
         if bias:
             self.add_param("bias", np.zeros(shape[0], found))
 
@@ -85,7 +85,7 @@ class Conv2d(Module):
         weight, bias = self.own_params["weight"], self.own_params.get("bias")
         outs, ins = weight.shape[:2]
         expect(x, ("N", ins * self.groups, "H", "W"), weight.dtype)
-        xp, real = backend_of(x, weight).xp, arithmetic("x", x.dtype)
+        xp, real = backend_of(x, weight, names=("x", "weight")).xp, arithmetic("x", x.dtype)
         columns = self._columns("x", channels_last(x), self.window)
         y = self.buffer("y", x, (len(x), *columns.places, outs))
         wide = y if y.dtype == real else self.buffer("y32", x, y.shape, real)
@@ -103,7 +103,7 @@ class Conv2d(Module):
         """dx; fills the gradients of weight and bias."""
         x, y = self.cache()
         expect(dy, channels_first(y).shape, y.dtype, "dy")
-        xp, real = backend_of(x, dy).xp, arithmetic("x", x.dtype)
+        xp, real = backend_of(x, dy, names=("x", "dy")).xp, arithmetic("x", x.dtype)
         upstream = channels_last(dy)
         if not self.frozen and "bias" in self.own_grads:
             self._backward_bias(xp, real, upstream)

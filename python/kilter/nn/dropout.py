@@ -66,7 +66,7 @@ class Dropout(Module):
         if mask is None or not need_dx:
             return dy if need_dx else None
         expect(dy, mask.shape, mask.dtype, "dy")
-        return backend_of(mask, dy).xp.multiply(dy, mask, out=self.buffer("dx", mask))
+        return backend_of(mask, dy, names=("x", "dy")).xp.multiply(dy, mask, out=self.buffer("dx", mask))
 
     def extra_state(self) -> State:
         """The number of training forwards so far."""

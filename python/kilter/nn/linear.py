@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ class Linear(Module):
     seed, stream
         Which random numbers fill the weight. Layers of one model need different pairs.
     init
-        A function of `kilter.init`.
+        A function of `kilter.init`, with other options than its own by `functools.partial`.
     dtype
         Of the parameters, of x and of y: float64, float32, float16 or bfloat16. The 16-bit ones are widened
         to float32 for the products, and each result is rounded once.
@@ -53,16 +54,14 @@ class Linear(Module):
         found = dtype_of("dtype", dtype)
         shape = (in_features, out_features)
         self.random_key = ("init", seed, stream)
-        self.add_param("weight", init(shape, seed=seed, stream=stream, layout="io", dtype=found))
+        self.add_param("weight", drawn(init, shape, "io", seed, stream, found))
         if bias:
             self.add_param("bias", np.zeros(out_features, found))
 
     def forward(self, x: Array) -> Array:
         """y (N, out_features) for x (N, in_features)."""
         weight, bias = self.own_params["weight"], self.own_params.get("bias")
-        expect(x, ("N", weight.shape[0]), weight.dtype)
-        xp = backend_of(x, weight).xp
-        y = self.buffer("y", x, (len(x), weight.shape[1]))
+        xp, y = self.recall("forward", x) or self._prepare(x, weight)
         if weight.dtype.itemsize > 2:
             self._cache = x, weight
             xp.matmul(x, weight, out=y)
@@ -73,12 +72,17 @@ class Linear(Module):
             wide += bias.astype(wide.dtype)
         return rounded(wide, y)
 
+    def _prepare(self, x: Array, weight: Array) -> Any:
+        """The library, and where y goes."""
+        expect(x, ("N", weight.shape[0]), weight.dtype)
+        xp = backend_of(x, weight, names=("x", "weight")).xp
+        self.forget("backward")
+        return self.remember("forward", x, (xp, self.buffer("y", x, (len(x), weight.shape[1]))))
+
     def backward(self, dy: Array, *, need_dx: bool = True) -> Any:
         """dx = dy W^T; dweight = x^T dy; dbias = sum of dy over the batch."""
         x, weight = self.cache()
-        dtype = self.own_params["weight"].dtype
-        expect(dy, (len(x), weight.shape[1]), dtype, "dy")
-        xp = backend_of(x, dy).xp
+        xp, dtype = self.recall("backward", dy) or self._prepare_backward(x, dy)
         narrow = dtype.itemsize == 2
         if narrow:
             dy = widened(self, "dy32", dy)
@@ -91,6 +95,12 @@ class Linear(Module):
             return xp.matmul(dy, weight.T, out=dx)
         return rounded(xp.matmul(dy, weight.T, out=self.buffer("dx32", dy, x.shape)), dx)
 
+    def _prepare_backward(self, x: Array, dy: Array) -> Any:
+        """The library, and the dtype of dx."""
+        dtype = self.own_params["weight"].dtype
+        expect(dy, (len(x), self.own_params["weight"].shape[1]), dtype, "dy")
+        return self.remember("backward", dy, (backend_of(x, dy, names=("x", "dy")).xp, dtype))
+
     def _backward_params(self, xp: Any, x: Array, dy: Array, narrow: bool) -> None:
         dweight, dbias = self.own_grads["weight"], self.own_grads.get("bias")
         if narrow:
@@ -101,6 +111,14 @@ class Linear(Module):
         xp.matmul(x.T, dy, out=dweight)
         if dbias is not None:
             dy.sum(axis=0, out=dbias)
+
+
+def drawn(
+    init: Callable[..., Array], shape: tuple[int, ...], layout: str, seed: int, stream: int, dtype: np.dtype[Any]
+) -> Array:
+    """A weight by a function of `kilter.init`; those that ask for fans are told the layout."""
+    told = {"layout": layout} if "layout" in signature(init).parameters else {}
+    return init(shape, seed=seed, stream=stream, dtype=dtype, **told)
 
 
 def widened(module: Module, slot: str, x: Array) -> Array:

@@ -26,11 +26,18 @@ class LoadReport(NamedTuple):
 def expect(x: Array, shape: tuple[int | str, ...], dtype: np.dtype[Any] | None, name: str = "x") -> None:
     """Raise a KilterError unless x has this shape (a str stands for any size) and dtype."""
     given = _check.array(name, x).shape
-    if len(given) != len(shape) or any(w != g for w, g in zip(shape, given, strict=True) if w.__class__ is int):
+    if given != shape and not _agree(given, shape):
         wanted = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")
         raise KilterError(f"{name}: expected shape ({wanted}), got {given}")
     if dtype is not None and x.dtype != dtype:
         raise KilterError(f"{name}: expected dtype {dtype.name}, got {x.dtype.name}")
+
+
+def _agree(given: tuple[int, ...], shape: tuple[int | str, ...]) -> bool:
+    for wanted, got in zip(shape, given, strict=False):
+        if wanted != got and wanted.__class__ is int:
+            return False
+    return len(given) == len(shape)
 
 
 def is_channels_last(x: Array) -> bool:
@@ -304,6 +311,24 @@ class Module:
         if is_channels_last(like):
             return channels_first(self._kept(slot, like, (shape[0], *shape[2:], shape[1]), dtype))
         return self._kept(slot, like, shape, dtype)
+
+    def recall(self, slot: str, x: Array) -> Any:
+        """What `remember` kept for an x of this library, shape and dtype; None where it was for another."""
+        kept = self._scratch.get(slot)
+        if kept is None or kept[0] != (x.__class__, getattr(x, "shape", None), getattr(x, "dtype", None)):
+            return None
+        return kept[1]
+
+    def remember(self, slot: str, x: Array, value: Any) -> Any:
+        """`value`, kept with the buffers, if these are (see `reuse_buffers`): what follows from x's shape alone."""
+        if self._reuse:
+            self._scratch[slot] = (x.__class__, x.shape, x.dtype), value
+        return value
+
+    def forget(self, *slots: str) -> None:
+        """Drop what was kept there."""
+        for slot in slots:
+            self._scratch.pop(slot, None)
 
     def _kept(self, slot: str, like: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         kept = self._scratch.get(slot)

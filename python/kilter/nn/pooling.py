@@ -58,7 +58,7 @@ class _Pool2d(Module):
             return None
         x, image, between, y = self.cache()
         expect(dy, channels_first(y).shape, x.dtype, "dy")
-        backend_of(x, dy)
+        backend_of(x, dy, names=("x", "dy"))
         middle = self._image("dbetween", x, between.shape[1:3])
         dx = self._image("dx", x, image.shape[1:3])
         for target, look in ((middle, self.right), (dx, self.down)):

@@ -62,7 +62,7 @@ class _Smooth(Module):
         return self._by_block(self.slope, x, self.buffer("dx", x), dy)
 
     def _by_block(self, formula: Callable[..., None], x: Array, out: Array, factor: Array | None) -> Array:
-        backend = backend_of(x, factor)
+        backend = backend_of(x, factor, names=("x", "dy"))
         xp, real, last = backend.xp, arithmetic("x", x.dtype), is_channels_last(x)
 
         def flat(array: Array) -> Array:

@@ -53,6 +53,8 @@ class Bucket:
         self.params: list[Any] = []
         self.state: list[Any] = []
         self.masters: Any = None
+        self.checked: tuple[Any, ...] | None = None  # what the group held when `options` were read, but for schedules
+        self.options: dict[str, Any] = {}
 
     def fill(self, old: Mapping[str, Mapping[str, Any]], state_dtype: Any) -> None:
         """Allocates the state and takes over that of the parameters that had some."""
@@ -221,8 +223,8 @@ class Pass:
 
     def blame(self) -> None:
         """Refuses gradients from elsewhere, of which the backend says more than the kernel."""
-        names = [f"grads[{name}]" for name in (*self.bucket.names, "")]
-        backend_of(*self.grads, self.bucket.params[0], names=names)
+        names = [f"grads[{name}]" for name in self.bucket.names]
+        backend_of(self.bucket.params[0], *self.grads, names=("params", *names))
 
 
 def match(
@@ -251,15 +253,15 @@ def match(
         if len(grads) != len(names):
             fail(argument, f"{len(names)} gradients", len(grads))
         named = dict(zip(names, grads, strict=True))
-    wanted = [name for bucket in buckets for name in bucket.names]
-    extra = set(named) - set(wanted) - frozen if len(named) != len(wanted) else set()
     try:
         found = [[named[name] for name in bucket.names] for bucket in buckets]
     except KeyError:
-        missing = set(wanted) - set(named)
-        fail(argument, "one for each parameter", differences(missing, set(named) - set(wanted) - frozen))
-    if extra:
-        fail(argument, "one for each parameter", differences(set(), extra))
+        found = []
+    if not found or len(named) != sum(map(len, found)):
+        wanted = {name for bucket in buckets for name in bucket.names}
+        missing, extra = wanted - set(named), set(named) - wanted - frozen
+        if missing or extra:
+            fail(argument, "one for each parameter", differences(missing, extra))
     return found
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from operator import is_
 from types import MappingProxyType
 from typing import Any
 
 from kilter import _check, _kilter
-from kilter._backend import Backend, backend_of, beside, host
+from kilter._backend import Backend, beside, host
 from kilter._check import fail
-from kilter.optim import arrays
+from kilter.optim import arrays, structure
 from kilter.optim.arrays import Bucket, Pass, Rule, Slot
 from kilter.optim.device import DeviceSteps, uncorrected
 from kilter.optim.options import at, numbers, restored
@@ -62,7 +63,7 @@ class Optimizer:
         groups, self._structure = arrays.groups_of(params)
         for group in groups:
             self._append(group)
-        self._backend: Backend = backend_of(*self._params().values())
+        self._backend: Backend = structure.backend("params", self._params())
         self._rebuild()
 
     @property
@@ -170,7 +171,7 @@ class Optimizer:
 
     def _rebuild(self, frozen: set[str] | None = None, state: dict[str, dict[str, Any]] | None = None) -> None:
         """Lays out state anew: one flat array per slot for the parameters that share options, dtype and clock."""
-        backend = backend_of(*self._params().values())
+        backend = structure.backend("params", self._params())
         arrays.check_apart(self._params())
         self._pull()
         old = {name: part for bucket in self._buckets for name, part in bucket.parts()}
@@ -257,11 +258,15 @@ class Optimizer:
                 fail(f"groups[{index}]", "the parameters of construction; add_params adds some", "others")
 
     def _options(self, bucket: Bucket) -> dict[str, Any]:
-        """Returns a bucket's options at this call."""
+        """Returns a bucket's options at this call; those that are numbers are checked when they change."""
         group = self.groups[bucket.group]
+        if bucket.checked is not None and all(map(is_, group.values(), bucket.checked)):
+            return bucket.options
         options = {key: at(key, group[key], self.calls) for key in self._defaults}
         self._check_options(options)
         self._check_slots(bucket)
+        scheduled = any(options[key] != group[key] for key in options)
+        bucket.checked, bucket.options = None if scheduled else tuple(group.values()), options
         return options
 
     def _check_slots(self, bucket: Bucket) -> None:

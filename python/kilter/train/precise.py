@@ -67,15 +67,16 @@ def recompute_batch_norm(model: Module, data: Data | tuple[Any, Any]) -> None:
 def _pass(model: Module, layers: list[BatchNorm], batches: Data) -> tuple[list[stats.Moments | None], int]:
     """The moments of what each layer normalised (None where it took no part), and how many batches there were."""
     merged: list[stats.Moments | None] = [None] * len(layers)
-    last = [layer.moments for layer in layers]
+    seen = [layer.running.updates for layer in layers]
     updates = 0
     for x, _ in batches.epoch(0):
         model(x)
         updates += 1
         for i, layer in enumerate(layers):
-            now = layer.moments
-            if now is not None and now is not last[i]:
-                last[i], before = now, merged[i]
+            now, before = layer.moments, merged[i]
+            if now is not None and layer.running.updates > seen[i]:
+                seen[i] = layer.running.updates
+                now = stats.Moments(now.count, now.mean.copy(), now.m2.copy())  # the layer may reuse its buffers
                 merged[i] = now if before is None else stats.merge(before, now)
     if not updates:
         fail("data", "at least one batch", "none")
