@@ -5,7 +5,7 @@ _WALK, _BATCH = "tests/test_cuda_walk.py", "tests/test_cuda_batch.py"
 # For each file, arguments of pytest: tests that run every kernel and path in some seconds.
 SUITES = {
     "batch.cu": (_WALK, "-k", "test_batch and twice"),
-    "batch.cuh": (_WALK, "-k", "test_batch"),
+    "batch.cuh": (_WALK, "tests/test_norm_edges.py", "-k", "test_batch or relu_at_zero and cuda"),
     "batch_cluster.cu": (_WALK, _BATCH, "-k", "test_batch and cluster or test_clusters_of_every_size"),
     "batch_resident.cu": (_WALK, _BATCH, "-k", "test_batch and resident or test_groups_take_tiles_in_turn"),
     "channels.cuh": (_WALK, "-k", "test_batch"),

@@ -77,6 +77,17 @@ def test_nan_goes_through_relu(backend, rng, dtype, axis):
     assert np.isnan(backend.numpy(y)).sum() == 1
 
 
+@pytest.mark.parametrize("axis", [1, -1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_of_relu_at_zero_is_zero(backend, rng, dtype, axis):
+    """What is constant is normalised to zero exactly."""
+    x, dy = np.full((40, 6, 6), 3, dtype), rng.normal(size=(40, 6, 6)).astype(dtype)
+    gamma, beta = backend.array(np.ones(6, arithmetic(dtype))), backend.array(np.zeros(6, arithmetic(dtype)))
+    _, cache = batch_norm(backend.array(x), gamma, beta, axis=axis, activation="relu")
+    for gradient in batch_norm_backward(backend.array(dy), cache)[:3]:
+        assert (backend.numpy(gradient) == 0).all()
+
+
 def test_infinity_in_evaluation_stays_where_it_is(backend, rng):
     """Its x̂ is infinite, and so is the gradient of gamma: not NaN."""
     x, dy = rng.normal(size=(6, 3)).astype(FLOAT32), np.full((6, 3), 0.5, FLOAT32)
