@@ -67,6 +67,7 @@ ROWS = {  # shape, shared memory, whether with residual and mean
     "shared": ((2, 2501), None, True),
     "parts": ((2, 2501), SMALL, True),
     "parts of vectors": ((1, 8600), SMALL, False),
+    "more parts than half a warp": ((1, 20001), SMALL, True),
     "many rows": ((70, 24), None, False),
 }
 
