@@ -131,6 +131,12 @@ def test_every_initialiser_fills_the_weights_of_layers(name, dtype):
     np.testing.assert_array_equal(conv.params()["weight"], fill((4, 2, 3, 3), **told, **fans))
 
 
+@pytest.mark.parametrize(("layer", "shape"), [(nn.Linear, (3, 4)), (nn.Conv2d, (3, 4, 3))], ids=["linear", "conv"])
+def test_an_initialiser_is_a_function(layer, shape):
+    with pytest.raises(kilter.KilterError, match="init: expected a function"):
+        layer(*shape, seed=0, init="he_normal")
+
+
 def test_options_of_initialisers_are_fixed_by_partial():
     layer = nn.Linear(6, 4, seed=3, init=partial(init.normal, std=0.01))
     np.testing.assert_array_equal(layer.params()["weight"], init.normal((6, 4), std=0.01, seed=3))

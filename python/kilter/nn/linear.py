@@ -117,6 +117,8 @@ def drawn(
     init: Callable[..., Array], shape: tuple[int, ...], layout: str, seed: int, stream: int, dtype: np.dtype[Any]
 ) -> Array:
     """A weight by a function of `kilter.init`; those that ask for fans are told the layout."""
+    if not callable(init):
+        raise KilterError(f"init: expected a function of kilter.init, got {init!r}")
     told = {"layout": layout} if "layout" in signature(init).parameters else {}
     return init(shape, seed=seed, stream=stream, dtype=dtype, **told)
 
