@@ -136,7 +136,7 @@ def same_memory(xp: Any, argument: str, out: Any, x: Any) -> bool:
 
 def over_original(xp: Any, out: Any, x: Any, seen: Any) -> bool:
     """Returns whether `out` lies over x, of which `seen` is a copy; false where `seen` is x itself or a view of it."""
-    return not xp.may_share_memory(seen, x) and bool(xp.shares_memory(out, x))
+    return seen is not x and not xp.may_share_memory(seen, x) and bool(xp.shares_memory(out, x))
 
 
 def apart(xp: Any, out: Any, *arguments: Any) -> None:

@@ -23,6 +23,7 @@ __all__ = [
     "bn_backward_apply",
     "bn_backward_reduce",
     "bn_finish",
+    "bn_infer",
     "bn_stats",
     "bn_train",
     "ema",
@@ -91,6 +92,24 @@ def bn_apply(
     y: _Array,
 ) -> None:
     """Fills y = ((x - hi) - lo) * (gamma * rstd) + beta (+ residual), cut off below zero with relu."""
+
+def bn_infer(
+    x: _Array,
+    axis: int,
+    eps: float,
+    gamma: _Array | None,
+    beta: _Array | None,
+    residual: _Array | None,
+    relu: bool,
+    running_mean: _Array,
+    running_var: _Array,
+    mean: _Array,
+    hi: _Array,
+    lo: _Array,
+    rstd: _Array,
+    y: _Array,
+) -> None:
+    """Fills y, mean = hi + lo and rstd from the running statistics, as bn_finish and bn_apply do."""
 
 def bn_train(
     x: _Array,

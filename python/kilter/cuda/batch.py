@@ -117,6 +117,30 @@ def bn_apply(
     _launch(cuda, found, x.dtype, "bn_apply", x, *found[4:], *how, y)
 
 
+def bn_infer(
+    cuda: Launcher,
+    x: Any,
+    axis: int,
+    eps: float,
+    gamma: Any,
+    beta: Any,
+    residual: Any,
+    relu: bool,
+    running_mean: Any,
+    running_var: Any,
+    mean: Any,
+    hi: Any,
+    lo: Any,
+    rstd: Any,
+    y: Any,
+) -> None:
+    """Fills y, mean = hi + lo and rstd from the running statistics, as bn_finish and bn_apply do."""
+    mean[...] = running_mean
+    count, h = cuda.xp.ones(1), np.array((eps, 0.0, 0.0))
+    bn_finish(cuda, count, mean, running_var.astype("float64"), h, hi, lo, rstd, None, None)
+    bn_apply(cuda, x, axis, hi, lo, rstd, gamma, beta, residual, relu, y)
+
+
 def bn_train(
     cuda: Launcher,
     x: Any,
@@ -226,6 +250,7 @@ OPS = {
     "bn_stats": bn_stats,
     "bn_finish": bn_finish,
     "bn_apply": bn_apply,
+    "bn_infer": bn_infer,
     "bn_train": bn_train,
     "bn_backward_reduce": bn_backward_reduce,
     "bn_backward_apply": bn_backward_apply,

@@ -133,8 +133,11 @@ def batch_norm(
     if running is not None:
         if not isinstance(running, stats.RunningStats):
             fail("running", "a RunningStats", type(running).__name__)
-        for array in (running.mean, running.var):
-            backend_of(_check.array("running", array), x, names=("running", "x"))
+        found = running.mean, running.var
+        backend_of(*found, x, names=("running", "running", "x"))
+        for array in found:
+            if array is None:
+                fail("running", "arrays", "None")
             if array.shape != (channels,) or array.dtype != real:
                 fail("running", f"{real} statistics of {channels} features", f"{array.dtype} of shape {array.shape}")
             if not _check.ready(array):
@@ -148,7 +151,7 @@ def batch_norm(
         if r is not None and _check.same_memory(xp, "out", y, r):
             r = r.copy()
             overwritten = overwritten or relu
-        if comm is not None or not training or backend is not NUMPY:  # the core's fused form looks itself
+        if comm is not None or backend is not NUMPY:  # the core's fused forms look themselves
             _check.apart(xp, y, g, b, w, *(() if running is None else (running.mean, running.var)))
     saved = xp.empty((3, channels), real)
     hi, lo, rstd = saved
@@ -158,10 +161,9 @@ def batch_norm(
     else:
         if running is None:
             fail("running", "running statistics, which inference reads", "None")
-        moments = stats.Moments(xp.zeros(()), running.mean.astype("float64"), xp.zeros(channels))
-        count = xp.ones(1)
-        ops.bn_finish(count, moments.mean, running.var.astype("float64"), _scalars(eps), hi, lo, rstd, None, None)
-        ops.bn_apply(data, call.axis, hi, lo, rstd, g, b, r, relu, y)
+        rows = xp.zeros(1 + 2 * channels)
+        moments = stats.Moments(rows[0], rows[1 : 1 + channels], rows[1 + channels :])
+        ops.bn_infer(data, call.axis, eps, g, b, r, relu, running.mean, running.var, moments.mean, hi, lo, rstd, y)
     cache = BatchNormCache(
         x, gamma, beta, residual, w, call.axis_of_x, relu, training, hi, lo, rstd, moments, comm, overwritten
     )

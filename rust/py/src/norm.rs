@@ -14,6 +14,7 @@ pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(bn_stats, m)?)?;
     m.add_function(wrap_pyfunction!(bn_finish, m)?)?;
     m.add_function(wrap_pyfunction!(bn_apply, m)?)?;
+    m.add_function(wrap_pyfunction!(bn_infer, m)?)?;
     m.add_function(wrap_pyfunction!(bn_train, m)?)
 }
 
@@ -276,6 +277,68 @@ where
     let (affine, residual) = (affine(checked, how, &missing)?, checked.maybe(residual)?);
     let (x, y) = (checked.read::<S>(x)?, checked.write(y)?);
     gate::run(py, || norm::apply(x, shape, affine, residual, relu, y))
+}
+
+#[pyfunction]
+fn bn_infer(
+    py: Python<'_>,
+    x: &Array<'_>,
+    axis: usize,
+    eps: f64,
+    gamma: Option<&Array<'_>>,
+    beta: Option<&Array<'_>>,
+    residual: Option<&Array<'_>>,
+    relu: bool,
+    running_mean: &Array<'_>,
+    running_var: &Array<'_>,
+    mean: &Array<'_>,
+    hi: &Array<'_>,
+    lo: &Array<'_>,
+    rstd: &Array<'_>,
+    y: &Array<'_>,
+) -> Outcome<()> {
+    let mut o = Opening::default();
+    let (x, residual) = (o.read("x", x)?, o.maybe("residual", residual)?);
+    let running = [o.read("running_mean", running_mean)?, o.read("running_var", running_var)?];
+    let affine = [o.maybe("gamma", gamma)?, o.maybe("beta", beta)?];
+    let (mean, y) = (o.write("mean", mean)?, o.write("out", y)?);
+    let out = Out::note(&mut o, hi, lo, rstd, None, None)?;
+    alike(residual.as_ref(), &x)?;
+    alike(Some(&y), &x)?;
+    let (shape, checked) = (around(&x, axis)?, o.check()?);
+    match x.dtype {
+        Dtype::F64 => infer::<f64>(py, &checked, &x, shape, eps, affine, &residual, relu, running, &mean, out, &y),
+        Dtype::F32 => infer::<f32>(py, &checked, &x, shape, eps, affine, &residual, relu, running, &mean, out, &y),
+        Dtype::F16 => infer::<f16>(py, &checked, &x, shape, eps, affine, &residual, relu, running, &mean, out, &y),
+        Dtype::Bf16 => infer::<bf16>(py, &checked, &x, shape, eps, affine, &residual, relu, running, &mean, out, &y),
+        Dtype::U32 => Err(not_data(x.dtype)),
+    }
+}
+
+fn infer<S: Storage + Element>(
+    py: Python<'_>,
+    checked: &Checked,
+    x: &Noted<'_>,
+    shape: Shape,
+    eps: f64,
+    [gamma, beta]: [Option<Noted<'_>>; 2],
+    residual: &Option<Noted<'_>>,
+    relu: bool,
+    [running_mean, running_var]: [Noted<'_>; 2],
+    mean: &Noted<'_>,
+    out: Out<'_>,
+    y: &Noted<'_>,
+) -> Outcome<()>
+where
+    S::Real: Element,
+{
+    let missing = Missing::new(shape.channels);
+    let gamma = checked.maybe(&gamma)?.unwrap_or(&missing.ones);
+    let beta = checked.maybe(&beta)?.unwrap_or(&missing.zeros);
+    let running = (checked.read(&running_mean)?, checked.read(&running_var)?);
+    let (residual, mean, out) = (checked.maybe(residual)?, checked.write(mean)?, out.open::<S::Real>(checked)?);
+    let (x, y) = (checked.read::<S>(x)?, checked.write(y)?);
+    gate::run(py, || norm::infer(x, shape, running, eps, gamma, beta, residual, relu, mean, out, y))
 }
 
 #[pyfunction]

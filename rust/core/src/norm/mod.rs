@@ -193,6 +193,13 @@ pub fn finish<R: Real>(
     Ok(())
 }
 
+/// Checks the lengths of the data.
+fn check<S>(shape: Shape, x: &[S], residual: Option<&[S]>, y: &[S]) -> Result<(), Error> {
+    length("x", x, shape.len())?;
+    length("y", y, shape.len())?;
+    residual.map_or(Ok(()), |residual| length("residual", residual, shape.len()))
+}
+
 /// `y = normalised x (+ residual)`, cut off below zero with `relu`.
 pub fn apply<S: Storage>(
     x: &[S],
@@ -202,11 +209,7 @@ pub fn apply<S: Storage>(
     relu: bool,
     y: &mut [S],
 ) -> Result<(), Error> {
-    length("x", x, shape.len())?;
-    length("y", y, shape.len())?;
-    if let Some(residual) = residual {
-        length("residual", residual, shape.len())?;
-    }
+    check(shape, x, residual, y)?;
     if shape.inner == 1 {
         columns::apply(x, shape, affine, residual, relu, y);
     } else if let Some(matrix) = small::matrix(shape) {
@@ -232,10 +235,7 @@ pub fn train<S: Storage>(
     let shape = data.shape;
     length("gamma", gamma, shape.channels)?;
     length("beta", beta, shape.channels)?;
-    length("y", y, shape.len())?;
-    if let Some(residual) = residual {
-        length("residual", residual, shape.len())?;
-    }
+    check(shape, data.x, residual, y)?;
     out.check(shape.channels)?;
     if data.weights.is_none() && region::resident(shape, size_of::<S>()) {
         return Ok(launch(planes::Train::new(data, rule, gamma, beta, residual, relu, out, y)));
@@ -245,6 +245,34 @@ pub fn train<S: Storage>(
     let affine = Affine { hi: out.hi, lo: out.lo, rstd: out.rstd, gamma, beta };
     apply(data.x, shape, affine, residual, relu, y)?;
     Ok(moments)
+}
+
+/// [`finish`] of the running mean and variance, and [`apply`], in one call; `mean` becomes the running mean.
+pub fn infer<S: Storage>(
+    x: &[S],
+    shape: Shape,
+    running: (&[S::Real], &[S::Real]),
+    eps: f64,
+    gamma: &[S::Real],
+    beta: &[S::Real],
+    residual: Option<&[S]>,
+    relu: bool,
+    mean: &mut [f64],
+    mut out: Statistics<'_, S::Real>,
+    y: &mut [S],
+) -> Result<(), Error> {
+    length("mean", mean, shape.channels)?;
+    for (name, slice) in [("running_mean", running.0), ("running_var", running.1), ("gamma", gamma), ("beta", beta)] {
+        length(name, slice, shape.channels)?;
+    }
+    check(shape, x, residual, y)?;
+    out.check(shape.channels)?;
+    let var: Vec<f64> = running.1.iter().map(|var| var.to_f64()).collect();
+    for (mean, running) in mean.iter_mut().zip(running.0) {
+        *mean = running.to_f64();
+    }
+    out.put(0, 1.0, mean, &var, Finish { eps, momentum: 0.0, unbiased: false });
+    apply(x, shape, Affine { hi: out.hi, lo: out.lo, rstd: out.rstd, gamma, beta }, residual, relu, y)
 }
 
 /// What a backward pass reads: the upstream gradient, and what the forward had.
