@@ -130,6 +130,31 @@ def test_shapes(backend, rng, dtype, shape, last):
     check(backend, x, dy, gamma, beta, axis=-1 if last else 1, relu=True, residual=r)
 
 
+@pytest.mark.pairs
+@pytest.mark.parametrize("relu", [False, True], ids=["linear", "relu"])
+@pytest.mark.parametrize("shape", [(9, 4096), (6, 4099), (18, 257, 4, 4)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_wide_rows(backend, rng, dtype, shape, relu):
+    """Four rows of so many columns are written together."""
+    x, dy = (rng.normal(size=shape).astype(dtype) for _ in range(2))
+    gamma, beta = rng.normal(size=(2, shape[1])).astype(arithmetic(dtype))
+    check(backend, x, dy, gamma, beta, axis=1, relu=relu)
+
+
+@pytest.mark.parametrize("rows", [9, 1030], ids=["in cache", "past it"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_wide_rows_by_themselves(rng, dtype, rows):
+    """A row has the same bits beside others and alone, wherever the output starts."""
+    x, running = rng.normal(size=(rows, 4112)).astype(dtype), RunningStats(4112, dtype=arithmetic(dtype))
+    running.mean[:], running.var[:] = rng.normal(size=4112), rng.random(4112) + 0.5
+    for offset in (0, 1, 8):
+        out = np.empty(x.size + offset, dtype)[offset:].reshape(x.shape)
+        y, _ = batch_norm(x, running=running, training=False, out=out)
+        for row in (0, 3, rows - 1):
+            alone, _ = batch_norm(x[row : row + 1], running=running, training=False)
+            assert same_bits(y[row], alone[0])
+
+
 @pytest.mark.parametrize("first", [None, 0.0, 1e4 + 100], ids=["plain", "zero first", "outlier first"])
 @pytest.mark.parametrize("memory", [(50000, 3), (3, 40009), (8, 3, 79, 83), (8, 79, 83, 3)], ids=str)
 def test_large_mean(backend, rng, memory, first):

@@ -71,6 +71,26 @@ pub fn map_add<S: Storage, const N: usize, const K: usize, const M: usize, const
     few(&x, &v, &mut y, &mut sums, i..n, f);
 }
 
+/// As [`map`], where [`Stores::whole`] holds for every output.
+#[inline(always)]
+pub fn map_whole<S: Storage, const N: usize, const K: usize, const M: usize>(
+    level: Level,
+    x: [&[S]; N],
+    v: [&[S::Real]; K],
+    mut y: [&mut [S]; M],
+    stores: Stores,
+    f: impl Fn([S::Real; N], [S::Real; K]) -> [S::Real; M] + Copy,
+) {
+    let n = y[0].len() / LANES * LANES;
+    let (x, v) = (x.map(|x| &x[..n]), v.map(|v| &v[..n]));
+    let mut y = y.each_mut().map(|y| &mut y[..n]);
+    let f = move |x, v| (f(x, v), []);
+    for places in steps(0..n, LANES) {
+        let stream = stores != Stores::Cached;
+        group::<S, N, K, M, 0, LANES>(level, stream, &x, &v, &mut y, &mut [], places.start, &f);
+    }
+}
+
 /// Less than a group: four by four, then one by one.
 #[inline(always)]
 fn few<S: Storage, const N: usize, const K: usize, const M: usize, const B: usize>(
@@ -103,8 +123,16 @@ fn edge<S: Storage, const N: usize, const K: usize, const M: usize, const B: usi
     f: &impl Fn([S::Real; N], [S::Real; K]) -> ([S::Real; M], [S::Real; B]),
 ) {
     for i in places {
+        let i = plain(N + K + M, i);
         group::<S, N, K, M, B, 1>(Level::Baseline, false, x, v, y, sums, i, f);
     }
+}
+
+/// A place in `arrays` arrays, of which compilers know nothing where there are many: a loop in wide registers would first
+/// look whether any two of them overlap, which is 20 KB of code for a case of backward passes without AVX2.
+#[inline(always)]
+pub fn plain(arrays: usize, i: usize) -> usize {
+    if arrays > 9 { std::hint::black_box(i) } else { i }
 }
 
 /// `L` values of each array, from `i` on. A loop, as `from_fn` may become a function of its own, outside the door of the
@@ -185,6 +213,17 @@ pub enum Stores {
 }
 
 impl Stores {
+    /// Whether rows of `width` elements are whole groups of lanes, to be written in this way from their first place on.
+    pub fn whole<S>(self, y: &[S], width: usize) -> bool {
+        let started = match self {
+            Stores::Cached => true,
+            Stores::Streamed { from } => {
+                y.as_ptr().addr().is_multiple_of(from) && (width * size_of::<S>()).is_multiple_of(from)
+            }
+        };
+        started && width.is_multiple_of(LANES)
+    }
+
     /// For an output that is written in runs of `run` elements that do not follow each other in memory: whole lines.
     pub fn apart<S>(y: &[S], run: usize) -> Self {
         let long = run * size_of::<S>() >= 1024;

@@ -232,6 +232,7 @@ pub(crate) fn affine<'a, R: kilter_core::real::Real + Element>(
 }
 
 #[pyfunction]
+#[inline(never)] // two functions need it
 fn bn_apply(
     py: Python<'_>,
     x: &Array<'_>,
@@ -298,47 +299,32 @@ fn bn_infer(
     y: &Array<'_>,
 ) -> Outcome<()> {
     let mut o = Opening::default();
-    let (x, residual) = (o.read("x", x)?, o.maybe("residual", residual)?);
+    // Nothing that is written, y least of all, may lie over the running statistics; `bn_apply` looks at the rest.
     let running = [o.read("running_mean", running_mean)?, o.read("running_var", running_var)?];
-    let affine = [o.maybe("gamma", gamma)?, o.maybe("beta", beta)?];
-    let (mean, y) = (o.write("mean", mean)?, o.write("out", y)?);
-    let out = Out::note(&mut o, hi, lo, rstd, None, None)?;
-    alike(residual.as_ref(), &x)?;
-    alike(Some(&y), &x)?;
-    let (shape, checked) = (around(&x, axis)?, o.check()?);
-    match x.dtype {
-        Dtype::F64 => infer::<f64>(py, &checked, &x, shape, eps, affine, &residual, relu, running, &mean, out, &y),
-        Dtype::F32 => infer::<f32>(py, &checked, &x, shape, eps, affine, &residual, relu, running, &mean, out, &y),
-        Dtype::F16 => infer::<f16>(py, &checked, &x, shape, eps, affine, &residual, relu, running, &mean, out, &y),
-        Dtype::Bf16 => infer::<bf16>(py, &checked, &x, shape, eps, affine, &residual, relu, running, &mean, out, &y),
-        Dtype::U32 => Err(not_data(x.dtype)),
+    let mean = o.write("mean", mean)?;
+    o.write("out", y)?;
+    let (out, checked) = (Out::note(&mut o, hi, lo, rstd, None, None)?, o.check()?);
+    match out.hi.dtype {
+        Dtype::F64 => recall::<f64>(&checked, running, eps, &mean, &out)?,
+        Dtype::F32 => recall::<f32>(&checked, running, eps, &mean, &out)?,
+        dtype => return Err(error(Error::new("hi", "dtype float64 or float32", dtype.name()))),
     }
+    bn_apply(py, x, axis, hi, lo, rstd, gamma, beta, residual, relu, y)
 }
 
-fn infer<S: Storage + Element>(
-    py: Python<'_>,
+/// What `bn_apply` needs, from the running statistics.
+fn recall<R: kilter_core::real::Real + Element>(
     checked: &Checked,
-    x: &Noted<'_>,
-    shape: Shape,
-    eps: f64,
-    [gamma, beta]: [Option<Noted<'_>>; 2],
-    residual: &Option<Noted<'_>>,
-    relu: bool,
     [running_mean, running_var]: [Noted<'_>; 2],
+    eps: f64,
     mean: &Noted<'_>,
-    out: Out<'_>,
-    y: &Noted<'_>,
-) -> Outcome<()>
-where
-    S::Real: Element,
-{
-    let missing = Missing::new(shape.channels);
-    let gamma = checked.maybe(&gamma)?.unwrap_or(&missing.ones);
-    let beta = checked.maybe(&beta)?.unwrap_or(&missing.zeros);
-    let running = (checked.read(&running_mean)?, checked.read(&running_var)?);
-    let (residual, mean, out) = (checked.maybe(residual)?, checked.write(mean)?, out.open::<S::Real>(checked)?);
-    let (x, y) = (checked.read::<S>(x)?, checked.write(y)?);
-    gate::run(py, || norm::infer(x, shape, running, eps, gamma, beta, residual, relu, mean, out, y))
+    out: &Out<'_>,
+) -> Outcome<()> {
+    let (mean, wide) = (checked.write(mean)?, |values: &[R]| values.iter().map(|v| v.to_f64()).collect::<Vec<f64>>());
+    fill(mean, &wide(checked.read(&running_mean)?), "mean").map_err(error)?;
+    let var = wide(checked.read(&running_var)?);
+    let rule = Finish { eps, momentum: 0.0, unbiased: false };
+    norm::finish(1.0, mean, &var, rule, out.open::<R>(checked)?).map_err(error)
 }
 
 #[pyfunction]

@@ -4,9 +4,9 @@
 //! are summed side by side, eight rows at a time. Where there are few columns, several rows are seen as one longer row,
 //! and the sums of the columns that belong to one channel are merged at the end.
 
-use super::{Affine, Data, Shape, centred, floor, floored, start};
+use super::{Affine, Data, Shape, start};
 use crate::kernel::Kernel;
-use crate::lanes::{LANES, Stores, loads, map, steps};
+use crate::lanes::{LANES, loads, plain, steps};
 use crate::moments::{Channels, LOOKS, again, conclude, guess, inverse};
 use crate::real::Real;
 use crate::simd::{self, Level};
@@ -235,7 +235,7 @@ fn add_edge<S: Storage, const N: usize, const K: usize, const M: usize>(
     f: &impl Fn([S::Real; N], [S::Real; K], S::Real) -> [S::Real; M],
 ) {
     for c in from..sums[0].len() {
-        add_group::<S, N, K, M, 1, 1>(Level::Baseline, rows, v, w, sums, c, f);
+        add_group::<S, N, K, M, 1, 1>(Level::Baseline, rows, v, w, sums, plain(N + K + M, c), f);
     }
 }
 
@@ -378,85 +378,4 @@ impl<S: Storage, const WEIGHTED: bool> Stats<'_, S, WEIGHTED> {
         }
         state
     }
-}
-
-/// The normalised rows; the vectors are as long as a row.
-struct Apply<'a, S: Storage> {
-    x: &'a [S],
-    residual: Option<&'a [S]>,
-    vectors: [&'a [S::Real]; 4],
-    floor: S::Real,
-    stores: Stores,
-    y: &'a mut [S],
-}
-
-/// Elementwise work sees rows of at least this many elements.
-pub(super) const ROW: usize = 512;
-
-/// See [`super::apply`], which checks the lengths.
-pub(super) fn apply<S: Storage>(
-    x: &[S],
-    shape: Shape,
-    affine: Affine<'_, S::Real>,
-    residual: Option<&[S]>,
-    relu: bool,
-    y: &mut [S],
-) {
-    let stores = Stores::joined(y, shape.channels * fold(shape.channels, ROW.min(shape.len())));
-    apply_by(x, shape, affine, residual, relu, y, stores, false);
-}
-
-/// The same with these stores, `alone` on this thread.
-pub(super) fn apply_by<S: Storage>(
-    x: &[S],
-    shape: Shape,
-    affine: Affine<'_, S::Real>,
-    residual: Option<&[S]>,
-    relu: bool,
-    y: &mut [S],
-    stores: Stores,
-    alone: bool,
-) {
-    let times = fold(shape.channels, ROW.min(shape.len()));
-    let scale = scale(&affine);
-    let vectors = [affine.hi, affine.lo, &scale, affine.beta].map(|v| repeat(v, times));
-    start(alone, Apply { x, residual, vectors: from_fn(|k| &*vectors[k]), floor: floor(relu), stores, y });
-}
-
-impl<S: Storage> Kernel for Apply<'_, S> {
-    type Out = ();
-
-    const TOP: Level = S::TOP;
-
-    fn bytes(&self) -> usize {
-        size_of_val(self.x) + size_of_val(self.y) + self.residual.map_or(0, size_of_val)
-    }
-
-    fn halve(self) -> Result<(Self, Self), Self> {
-        let Some(at) = cut(self.y.len(), self.vectors[0].len(), 1) else { return Err(self) };
-        let (x, y) = (self.x.split_at(at), self.y.split_at_mut(at));
-        let residual = self.residual.map(|r| r.split_at(at));
-        let left = Self { x: x.0, y: y.0, residual: residual.map(|r| r.0), ..self };
-        Ok((left, Self { x: x.1, y: y.1, residual: residual.map(|r| r.1), ..self }))
-    }
-
-    #[inline(always)]
-    fn run(self, level: Level) {
-        let Self { vectors, floor, stores, .. } = self;
-        let width = vectors[0].len().max(1);
-        for (r, y) in self.y.chunks_mut(width).enumerate() {
-            let at = r * width..r * width + y.len();
-            let x = &self.x[at.clone()];
-            match self.residual {
-                None => map(level, [x], vectors, [y], stores, [], move |[x], [hi, lo, scale, beta]| {
-                    [floored(centred(x, hi, lo) * scale + beta, floor)]
-                }),
-                Some(r) => map(level, [x, &r[at]], vectors, [y], stores, [], move |[x, r], [hi, lo, scale, beta]| {
-                    [floored(centred(x, hi, lo) * scale + beta + r, floor)]
-                }),
-            }
-        }
-    }
-
-    fn merge(_: (), _: ()) {}
 }

@@ -1,9 +1,10 @@
 //! Channels last, backward.
 
-use super::columns::{ColumnSums, ROW, block_rows, cut, fold, repeat, scale};
+use super::columns::{ColumnSums, block_rows, cut, fold, repeat, scale};
+use super::columns_write::{ROW, together};
 use super::{Data, Shape, Sums, Upstream, centred, gradient, masked, start};
 use crate::kernel::{Kernel, launch};
-use crate::lanes::{Stores, map};
+use crate::lanes::{Stores, map, map_whole};
 use crate::real::Real;
 use crate::simd::{self, Level};
 use crate::storage::Storage;
@@ -195,35 +196,42 @@ impl<S: Storage> Kernel for Apply<'_, S> {
     fn run(self, level: Level) {
         let Self { relu, vectors, stores, mut dresidual, .. } = self;
         let width = vectors[0].len().max(1);
-        for (r, dx) in self.dx.chunks_mut(width).enumerate() {
+        let linear = move |[dy, x]: [S::Real; 2], [hi, lo, scale, _, mean_dy, slope]: [S::Real; 6]| {
+            [gradient(dy, centred(x, hi, lo), scale, mean_dy, slope)]
+        };
+        let rectified = move |[dy, x]: [S::Real; 2], [hi, lo, scale, beta, mean_dy, slope]: [S::Real; 6]| {
+            let d = centred(x, hi, lo);
+            [gradient(masked(dy, d * scale + beta), d, scale, mean_dy, slope)]
+        };
+        let mut first = 0;
+        if self.weights.is_none() && self.residual.is_none() && together(level, stores, self.dx, width) {
+            let two = 2 * width;
+            for ((dy, x), dx) in
+                self.dy.chunks_exact(two).zip(self.x.chunks_exact(two)).zip(self.dx.chunks_exact_mut(two))
+            {
+                let ((a, b), (c, d), (p, q)) = (dy.split_at(width), x.split_at(width), dx.split_at_mut(width));
+                map_whole(level, [a, b, c, d], vectors, [p, q], stores, move |[a, b, c, d], v| {
+                    let (f, g) = if relu {
+                        (rectified([a, c], v), rectified([b, d], v))
+                    } else {
+                        (linear([a, c], v), linear([b, d], v))
+                    };
+                    [f[0], g[0]]
+                });
+                first += 2;
+            }
+        }
+        for (r, dx) in (first..).zip(self.dx[first * width..].chunks_mut(width)) {
             let at = r * width..r * width + dx.len();
             let (dy, x) = (&self.dy[at.clone()], &self.x[at.clone()]);
             let w = self.weights.map_or(S::Real::ONE, |w| w[r]);
             let residual = self.residual.map(|r| &r[at.clone()]);
+            let weighted = move |[hi, lo, scale, beta, mean_dy, slope]: [S::Real; 6]| {
+                [hi, lo, scale, beta, mean_dy * w, slope * w]
+            };
             match (relu, residual.zip(dresidual.as_deref_mut())) {
-                (false, _) => map(
-                    level,
-                    [dy, x],
-                    vectors,
-                    [dx],
-                    stores,
-                    [],
-                    move |[dy, x], [hi, lo, scale, _, mean_dy, slope]| {
-                        [gradient(dy, centred(x, hi, lo), scale, mean_dy * w, slope * w)]
-                    },
-                ),
-                (true, None) => map(
-                    level,
-                    [dy, x],
-                    vectors,
-                    [dx],
-                    stores,
-                    [],
-                    move |[dy, x], [hi, lo, scale, beta, mean_dy, slope]| {
-                        let d = centred(x, hi, lo);
-                        [gradient(masked(dy, d * scale + beta), d, scale, mean_dy * w, slope * w)]
-                    },
-                ),
+                (false, _) => map(level, [dy, x], vectors, [dx], stores, [], move |x, v| linear(x, weighted(v))),
+                (true, None) => map(level, [dy, x], vectors, [dx], stores, [], move |x, v| rectified(x, weighted(v))),
                 (true, Some((r, dr))) => {
                     let out = [dx, &mut dr[at]];
                     map(

@@ -6,7 +6,7 @@
 
 pub use super::groups_backward::{Reads, backward};
 use super::region::cut;
-use super::{Affine, Data, Shape, centred, columns, planes, small, start};
+use super::{Affine, Data, Shape, centred, columns, columns_write, planes, small, start};
 use crate::error::{Error, length};
 use crate::kernel::Kernel;
 use crate::lanes::{Stores, map, steps};
@@ -122,7 +122,7 @@ impl Grouped {
 
     /// How an output is written.
     pub(super) fn stores<S: Storage>(&self, y: &[S]) -> Stores {
-        let row = || self.channels * columns::fold(self.channels, columns::ROW.min(y.len() / self.samples));
+        let row = || self.channels * columns::fold(self.channels, columns_write::ROW.min(y.len() / self.samples));
         Stores::joined(y, if self.last { row() } else { self.run() })
     }
 }
@@ -221,7 +221,7 @@ impl<S: Storage> Forward<'_, S> {
         merge_columns(&columns::stats_by(Data { x, weights: None, shape: rows }, self.alone), mean, m2);
         let [hi, lo, rstd] = &per_channel(&saved::<S::Real>(count, mean, m2, self.eps), shape.width());
         let affine = Affine { hi, lo, rstd, gamma: self.gamma, beta: self.beta };
-        columns::apply_by(x, rows, affine, None, false, y, self.stores, self.alone);
+        columns_write::apply_by(x, rows, affine, None, false, y, self.stores, self.alone);
     }
 
     /// The groups `chunk`, counted from `first`, channels first.

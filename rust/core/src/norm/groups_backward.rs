@@ -4,6 +4,7 @@
 //! group, `dx = rstd * (dy * gamma - c1 - x̂ * c2)`; added over the samples, they are the gradients of beta and gamma.
 
 use super::columns::{self, CHAIN, ColumnSums, repeat};
+use super::columns_write;
 use super::groups::{Grouped, Run, per_channel, runs, saved};
 use super::region::cut;
 use super::{
@@ -315,7 +316,7 @@ fn write_rows<S: Storage>(
     dx: &mut [S],
 ) {
     let channels = gamma.len();
-    let times = columns::fold(channels, columns::ROW.min(dx.len()));
+    let times = columns::fold(channels, columns_write::ROW.min(dx.len()));
     let width = channels / slopes.len();
     let (mean, slope): (Vec<_>, Vec<_>) = (0..channels).map(|c| (slopes[c / width][3], slopes[c / width][4])).unzip();
     let vectors = [hi, lo, rstd, gamma, &mean, &slope].map(|v| repeat(v, times));

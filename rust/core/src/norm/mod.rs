@@ -9,6 +9,7 @@
 
 pub mod columns;
 mod columns_backward;
+mod columns_write;
 pub mod groups;
 mod groups_backward;
 pub mod planes;
@@ -211,10 +212,10 @@ pub fn apply<S: Storage>(
 ) -> Result<(), Error> {
     check(shape, x, residual, y)?;
     if shape.inner == 1 {
-        columns::apply(x, shape, affine, residual, relu, y);
+        columns_write::apply(x, shape, affine, residual, relu, y);
     } else if let Some(matrix) = small::matrix(shape) {
         let vectors = small::Vectors::new(affine, shape.inner);
-        columns::apply(x, matrix, vectors.affine(), residual, relu, y);
+        columns_write::apply(x, matrix, vectors.affine(), residual, relu, y);
     } else {
         planes_write::apply(x, shape, affine, residual, relu, y);
     }
@@ -245,34 +246,6 @@ pub fn train<S: Storage>(
     let affine = Affine { hi: out.hi, lo: out.lo, rstd: out.rstd, gamma, beta };
     apply(data.x, shape, affine, residual, relu, y)?;
     Ok(moments)
-}
-
-/// [`finish`] of the running mean and variance, and [`apply`], in one call; `mean` becomes the running mean.
-pub fn infer<S: Storage>(
-    x: &[S],
-    shape: Shape,
-    running: (&[S::Real], &[S::Real]),
-    eps: f64,
-    gamma: &[S::Real],
-    beta: &[S::Real],
-    residual: Option<&[S]>,
-    relu: bool,
-    mean: &mut [f64],
-    mut out: Statistics<'_, S::Real>,
-    y: &mut [S],
-) -> Result<(), Error> {
-    length("mean", mean, shape.channels)?;
-    for (name, slice) in [("running_mean", running.0), ("running_var", running.1), ("gamma", gamma), ("beta", beta)] {
-        length(name, slice, shape.channels)?;
-    }
-    check(shape, x, residual, y)?;
-    out.check(shape.channels)?;
-    let var: Vec<f64> = running.1.iter().map(|var| var.to_f64()).collect();
-    for (mean, running) in mean.iter_mut().zip(running.0) {
-        *mean = running.to_f64();
-    }
-    out.put(0, 1.0, mean, &var, Finish { eps, momentum: 0.0, unbiased: false });
-    apply(x, shape, Affine { hi: out.hi, lo: out.lo, rstd: out.rstd, gamma, beta }, residual, relu, y)
 }
 
 /// What a backward pass reads: the upstream gradient, and what the forward had.

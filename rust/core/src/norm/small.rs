@@ -19,8 +19,12 @@ pub(super) fn matrix(shape: Shape) -> Option<Shape> {
 }
 
 /// Each value `inner` times.
-pub(super) fn spread<R: Copy>(values: &[R], inner: usize) -> Vec<R> {
-    values.iter().flat_map(|value| std::iter::repeat_n(*value, inner)).collect()
+pub(super) fn spread<R: Real>(values: &[R], inner: usize) -> Vec<R> {
+    let mut all = vec![R::ZERO; values.len() * inner];
+    for (to, value) in all.chunks_exact_mut(inner).zip(values) {
+        to.fill(*value);
+    }
+    all
 }
 
 /// The vectors of an [`Affine`], one value per column.
