@@ -224,19 +224,27 @@ impl Stores {
         started && width.is_multiple_of(LANES)
     }
 
-    /// For an output that is written in runs of `run` elements that do not follow each other in memory: whole lines.
+    /// For an output that is written in runs of `run` elements of which few follow each other in memory: whole lines, but
+    /// for runs of whole groups that end in the middle of one, where the beginning of each would take longer.
     pub fn apart<S>(y: &[S], run: usize) -> Self {
-        let long = run * size_of::<S>() >= 1024;
-        if size_of_val(y) >= STREAM_BYTES && long { Stores::Streamed { from: LINE } } else { Stores::Cached }
+        if size_of_val(y) < STREAM_BYTES || run * size_of::<S>() < 1024 {
+            return Stores::Cached;
+        }
+        let odd = !(run * size_of::<S>()).is_multiple_of(LINE);
+        Stores::Streamed { from: if odd && Self::groups(y, run) { STREAM_ALIGN } else { LINE } }
     }
 
     /// For an output whose runs follow each other in memory: each completes the line that the last one began.
     pub fn joined<S>(y: &[S], run: usize) -> Self {
-        let aligned = y.as_ptr().addr().is_multiple_of(STREAM_ALIGN) && (run * size_of::<S>()).is_multiple_of(LINE);
-        if size_of_val(y) >= STREAM_BYTES && aligned && run.is_multiple_of(LANES) {
+        if size_of_val(y) >= STREAM_BYTES && Self::groups(y, run) {
             return Stores::Streamed { from: STREAM_ALIGN };
         }
         Self::apart(y, run)
+    }
+
+    /// Whether every group of every run can be streamed.
+    fn groups<S>(y: &[S], run: usize) -> bool {
+        y.as_ptr().addr().is_multiple_of(STREAM_ALIGN) && run.is_multiple_of(LANES)
     }
 }
 
