@@ -465,6 +465,14 @@ def test_a_workspace_grows_and_holds_nothing(rng):
     assert (space.get() == 2.0).all()
 
 
+def test_a_workspace_ends_where_its_use_does(private, rng):
+    """Although more was allocated, for other uses."""
+    module = private("writes_behind", FAULTY["writes_behind"][0])
+    space = module.launcher.workspace(zeros(1), 64, "float32")
+    with pytest.raises(SimError, match="writes_behind: written outside of an array"):
+        module.launch("writes_behind", 1, 64, space, cudasim.to_device(rng.normal(size=64).astype(FLOAT32)), 64)
+
+
 def test_tickets_are_zero_and_belong_to_a_stream():
     launcher, like = Launcher(Watched()), zeros(1)
     one = launcher.tickets(like, 10)

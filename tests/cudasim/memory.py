@@ -178,6 +178,13 @@ def parts(owner):
     return [everything[start:stop], everything[start - GUARD : start], everything[stop : stop + GUARD]]
 
 
+def end(array):
+    """Makes what lies behind a view, which starts where its allocation does, its guard."""
+    memory = owner(array)
+    if isinstance(memory, Memory):
+        memory.span = (memory.span[0], memory.span[0] + array.nbytes)
+
+
 @contextmanager
 def fenced():
     """A context in which AddressSanitizer, which must be loaded, takes the guards of all arrays for no memory."""

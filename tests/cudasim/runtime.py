@@ -121,6 +121,7 @@ class SimRuntime:
     def recycle(self, array):
         with self._lock:  # another thread's launch may be reading it
             array.view(np.ndarray).view(np.uint8)[...] = memory.UNDEFINED
+            memory.end(array)
 
     def synchronize(self):
         pass
