@@ -13,7 +13,7 @@ use std::ops::Range;
 pub const LANES: usize = 16;
 
 /// Bytes of a line of cache.
-const LINE: usize = 64;
+pub const LINE: usize = 64;
 
 /// Writes `y[m][i] = f(x[..][i], v[..][i])[m]` for every `i`. Meanwhile, where stores are streamed, memory fetches `ahead`.
 #[inline(always)]
@@ -227,24 +227,25 @@ impl Stores {
     /// For an output that is written in runs of `run` elements of which few follow each other in memory: whole lines, but
     /// for runs of whole groups that end in the middle of one, where the beginning of each would take longer.
     pub fn apart<S>(y: &[S], run: usize) -> Self {
-        if size_of_val(y) < STREAM_BYTES || run * size_of::<S>() < 1024 {
-            return Stores::Cached;
-        }
-        let odd = !(run * size_of::<S>()).is_multiple_of(LINE);
-        Stores::Streamed { from: if odd && Self::groups(y, run) { STREAM_ALIGN } else { LINE } }
+        Self::of(y.as_ptr().addr(), size_of_val(y), run, size_of::<S>(), false)
     }
 
     /// For an output whose runs follow each other in memory: each completes the line that the last one began.
     pub fn joined<S>(y: &[S], run: usize) -> Self {
-        if size_of_val(y) >= STREAM_BYTES && Self::groups(y, run) {
-            return Stores::Streamed { from: STREAM_ALIGN };
-        }
-        Self::apart(y, run)
+        Self::of(y.as_ptr().addr(), size_of_val(y), run, size_of::<S>(), true)
     }
 
-    /// Whether every group of every run can be streamed.
-    fn groups<S>(y: &[S], run: usize) -> bool {
-        y.as_ptr().addr().is_multiple_of(STREAM_ALIGN) && run.is_multiple_of(LANES)
+    /// For `bytes` of memory from `place` on, in runs of `run` elements of `size` bytes.
+    #[inline(never)]
+    fn of(place: usize, bytes: usize, run: usize, size: usize, joined: bool) -> Self {
+        // Whether every group of every run can be streamed.
+        let groups = place.is_multiple_of(STREAM_ALIGN) && run.is_multiple_of(LANES);
+        let lines = (run * size).is_multiple_of(LINE);
+        if bytes < STREAM_BYTES || run * size < 1024 && !(joined && groups) {
+            Stores::Cached
+        } else {
+            Stores::Streamed { from: if groups && (joined || !lines) { STREAM_ALIGN } else { LINE } }
+        }
     }
 }
 

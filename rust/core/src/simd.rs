@@ -318,6 +318,19 @@ fn f16c_narrow<const L: usize>(from: &[f32; L], to: &mut [f16; L]) {
     }
 }
 
+/// Asks memory for the line in which element `index` of `from` lies, or would lie: it may be past the end.
+#[inline(always)]
+pub fn prefetch_at<T>(from: &[T], index: usize) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch reads nothing and never faults, wherever it points; `wrapping_add` makes no claim about the place.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(from.as_ptr().wrapping_add(index).cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (from, index);
+}
+
 /// Asks memory for the line of `place`, to be used soon.
 #[inline(always)]
 pub fn prefetch<T>(place: &T) {

@@ -6,7 +6,7 @@
 
 use super::{Affine, Data, Shape, start};
 use crate::kernel::Kernel;
-use crate::lanes::{LANES, loads, plain, steps};
+use crate::lanes::{LANES, LINE, loads, plain, steps};
 use crate::moments::{Channels, LOOKS, again, conclude, guess, inverse};
 use crate::real::Real;
 use crate::simd::{self, Level};
@@ -23,6 +23,12 @@ pub(super) const CHAIN: usize = 32;
 
 /// Statistics are taken of at most this many columns at a time, so that their sums stay in the first caches.
 const TILE: usize = 2048;
+
+/// Rows of so many bytes are too short for memory to foresee the next ones, which are fetched meanwhile.
+const SHORT: usize = 2048;
+
+/// Parts of no more elements are those of arrays that lie in a cache.
+const CACHED: usize = 1 << 16;
 
 /// Rows that are added to the sums of 16 columns while these stay in registers.
 const ROWS: usize = 8;
@@ -58,6 +64,7 @@ pub(super) fn cut(len: usize, width: usize, step: usize) -> Option<usize> {
 /// `M` sums of every column.
 pub(super) struct ColumnSums<R, const M: usize> {
     stride: usize,
+    ahead: bool,
     narrow: [Vec<R>; M],
     /// The sums.
     pub(super) wide: [Vec<f64>; M],
@@ -70,7 +77,12 @@ impl<R: Real, const M: usize> ColumnSums<R, M> {
 
     /// Of `width` columns of rows that begin every `stride` elements.
     fn of(width: usize, stride: usize) -> Self {
-        Self { stride, narrow: from_fn(|_| vec![R::ZERO; width]), wide: from_fn(|_| vec![0.0; width]) }
+        Self { stride, ahead: false, narrow: from_fn(|_| vec![R::ZERO; width]), wide: from_fn(|_| vec![0.0; width]) }
+    }
+
+    /// Of an array with this part, whose rows memory may have to be told of.
+    pub(super) fn fetching<S>(self, part: &[S]) -> Self {
+        Self { ahead: part.len() > CACHED && self.stride * size_of::<S>() <= SHORT, ..self }
     }
 
     pub(super) fn clear(&mut self) {
@@ -96,7 +108,7 @@ impl<R: Real, const M: usize> ColumnSums<R, M> {
             let rows = CHAIN.min(all - row);
             let part = x.map(|x| &x[row * stride..]);
             let weights = weights.map(|w| &w[row..row + rows]);
-            add_rows(level, part, rows, stride, v, weights, self.chain(), &f);
+            add_rows(level, part, rows, stride, self.ahead, v, weights, self.chain(), &f);
             self.empty(level);
             row += rows;
         }
@@ -162,6 +174,7 @@ fn add_rows<S: Storage, const N: usize, const K: usize, const M: usize>(
     x: [&[S]; N],
     rows: usize,
     stride: usize,
+    ahead: bool,
     v: [&[S::Real]; K],
     weights: Option<&[S::Real]>,
     mut sums: [&mut [S::Real]; M],
@@ -173,6 +186,7 @@ fn add_rows<S: Storage, const N: usize, const K: usize, const M: usize>(
             level,
             x.map(|x| &x[r * stride..]),
             stride,
+            ahead,
             &v,
             weights.map(|w| &w[r..]),
             &mut sums,
@@ -185,6 +199,7 @@ fn add_rows<S: Storage, const N: usize, const K: usize, const M: usize>(
             level,
             x.map(|x| &x[r * stride..]),
             stride,
+            ahead,
             &v,
             weights.map(|w| &w[r..]),
             &mut sums,
@@ -200,6 +215,7 @@ fn add_some<S: Storage, const N: usize, const K: usize, const M: usize, const B:
     level: Level,
     x: [&[S]; N],
     stride: usize,
+    ahead: bool,
     v: &[&[S::Real]; K],
     weights: Option<&[S::Real]>,
     sums: &mut [&mut [S::Real]; M],
@@ -213,6 +229,11 @@ fn add_some<S: Storage, const N: usize, const K: usize, const M: usize, const B:
     let w: [S::Real; B] = from_fn(|b| weights.map_or(S::Real::ONE, |w| w[b]));
     let mut c = 0;
     while c + LANES <= width && !level.compact() {
+        if ahead && B > 1 && (c * size_of::<S>()).is_multiple_of(LINE) {
+            for row in rows.as_flattened() {
+                simd::prefetch_at(row, B * stride + c);
+            }
+        }
         add_group::<S, N, K, M, B, LANES>(level, &rows, &v, &w, &mut sums, c, f);
         c += LANES;
     }
@@ -335,7 +356,7 @@ impl<S: Storage, const WEIGHTED: bool> Stats<'_, S, WEIGHTED> {
         let mut state = Channels::empty(0, width);
         let (mut guessed, mut about) = (vec![zero; width], vec![zero; width]);
         let (mut mean, mut m2, mut wavers) = (vec![0.0; width], vec![0.0; width], vec![false; width]);
-        let mut sums = ColumnSums::<S::Real, 2>::of(width, stride);
+        let mut sums = ColumnSums::<S::Real, 2>::of(width, stride).fetching(self.x);
         let rows = block_rows(stride);
         for (b, x) in self.x.chunks(rows * stride).enumerate() {
             let weights = self.weights.filter(|_| WEIGHTED).map(|w| &w[b * rows..b * rows + x.len() / stride]);

@@ -72,7 +72,7 @@ impl<S: Storage> Kernel for Reduce<'_, S> {
     #[inline(always)]
     fn run(self, level: Level) -> Sums {
         let [hi, lo, rstd, ..] = self.vectors;
-        let mut sums = ColumnSums::<S::Real, 2>::new(hi.len());
+        let mut sums = ColumnSums::<S::Real, 2>::new(hi.len()).fetching(self.x);
         if hi.is_empty() {
             return Sums::zero(0, 0);
         }
