@@ -94,6 +94,7 @@ GROUPS = {  # shape, groups, whether channels are last, shared memory
     "planes of vectors": ((2, 6, 4, 8), 3, False, None),
     "odd planes": ((2, 6, 3, 5), 2, False, None),
     "planes in shared memory": ((2, 4, 10, 12), 2, False, None),
+    "three planes in shared memory": ((2, 6, 10, 12), 2, False, None),
     "walks without a part": ((9, 6, 2, 4), 3, False, None),
     "long planes": ((1, 2, 50, 52), 1, False, SMALL),
     "channels as samples": ((40, 12), 4, False, None),
