@@ -36,6 +36,7 @@ KT_DEVICE kt_real flush(kt_real x) {
 
 struct Plain {
   static const int windows = 0, slots = 0;
+  static const bool ahead = false;  // whether the step needs the gradient once more, in registers, after the state
 };
 
 // --------------------------------------------------------------------------- short rules
@@ -130,6 +131,7 @@ struct Adam : Plain {
 
 // NAdam (Dozat 2016): Adam that steps along size m + look g.
 struct NAdam : Adam {
+  static const bool ahead = true;
   KT_DEVICE kt_real step(kt_real p, kt_real g, const kt_real*, kt_real* s) const {
     kt_real m = s[0], v = s[1];
     moments(p, g, m, v);
@@ -296,7 +298,8 @@ const int WINDOWS = Rule::windows, STATE = Rule::windows + Rule::slots;
 const bool KT_NARROW = sizeof(KT_T) == 2 && !KT_MASTERS && (STATE == 0 || sizeof(KT_S) == 2);
 const int KT_V = KT_NARROW ? 8 : 16 / sizeof(kt_real);
 // Blocks of 256 threads that a multiprocessor has registers for.
-const int KT_BLOCKS = sizeof(kt_real) == 8 ? 2 : 4 - (STATE + WINDOWS + KT_MASTERS > 2) - (KT_NARROW && STATE + WINDOWS > 1);
+const int KT_BLOCKS = sizeof(kt_real) == 8 ? 2
+                      : 4 - (STATE + WINDOWS + KT_MASTERS > 2) - (KT_NARROW && STATE + WINDOWS > 1) - (KT_NARROW && Rule::ahead);
 
 // A group's rule, and what happens to a gradient before the rule sees it: clamp(g * scale, +- limit). A negative row says
 // that the step is skipped.
