@@ -8,7 +8,7 @@
 //! * [`stored`]: arrays whose element type is known at run time only.
 //! * [`simd`]: the CPU level, the door through which a kernel gets wide registers, streaming stores.
 //! * [`kernel`]: the trait of everything that runs, and [`kernel::launch`], which splits it over threads.
-//! * [`lanes`]: the two loops that kernels are made of: map over runs, sum over runs.
+//! * [`lanes`], [`sum`]: the two loops that kernels are made of: map over runs, sum over runs.
 //! * [`moments`]: count, mean and centred second moment: per block, and merged.
 //! * [`norm`]: batch norm over planes (channels first) and over columns (channels last); layer and RMS norm over
 //!   rows; group and instance norm.
@@ -44,6 +44,7 @@ pub mod rng;
 pub mod simd;
 pub mod storage;
 pub mod stored;
+pub mod sum;
 
 pub use error::Error;
 pub use half::{bf16, f16};

@@ -4,11 +4,12 @@ mod common;
 
 use common::{RULES, bits, integers, numbers, state_of, step};
 use kilter_core::init::{Fill, Normal, Uniform, Words};
-use kilter_core::lanes::{LANES, Stores, Sum, map, map_add, totals};
+use kilter_core::lanes::{LANES, Stores, map, map_add};
 use kilter_core::real::Real;
 use kilter_core::rng::{GROUP, group, normal_pair, unit};
 use kilter_core::simd::{Level, run_at};
 use kilter_core::storage::Storage;
+use kilter_core::sum::{Sum, totals};
 use kilter_core::{bf16, f16};
 use std::array::from_fn;
 

@@ -18,7 +18,7 @@ use std::ops::Range;
 /// Elements of a block: in float32, 512 KiB, which another look finds in the second cache.
 const BLOCK: usize = 131_072;
 
-/// No more rows than this are added in the arithmetic type before float64 takes over; see [`crate::lanes::Sum`].
+/// No more rows than this are added in the arithmetic type before float64 takes over; see [`crate::sum::Sum`].
 pub(super) const CHAIN: usize = 32;
 
 /// Statistics are taken of at most this many columns at a time, so that their sums stay in the first caches.
@@ -64,6 +64,7 @@ pub(super) fn cut(len: usize, width: usize, step: usize) -> Option<usize> {
 /// `M` sums of every column.
 pub(super) struct ColumnSums<R, const M: usize> {
     stride: usize,
+    /// Whether memory is told of the rows to come: see [`Self::fetching`].
     ahead: bool,
     narrow: [Vec<R>; M],
     /// The sums.
@@ -227,54 +228,62 @@ fn add_some<S: Storage, const N: usize, const K: usize, const M: usize, const B:
     let v = v.map(|v| &v[..width]);
     let mut sums = sums.each_mut().map(|sums| &mut sums[..width]);
     let w: [S::Real; B] = from_fn(|b| weights.map_or(S::Real::ONE, |w| w[b]));
-    let mut c = 0;
-    while c + LANES <= width && !level.compact() {
-        if ahead && B > 1 && (c * size_of::<S>()).is_multiple_of(LINE) {
-            for row in rows.as_flattened() {
-                simd::prefetch_at(row, B * stride + c);
+    let groups = if level.compact() { 0 } else { width / LANES };
+    {
+        let rows: [[&[[S; LANES]]; B]; N] = from_fn(|k| from_fn(|b| &rows[k][b].as_chunks().0[..groups]));
+        let v: [&[[S::Real; LANES]]; K] = v.map(|v| &v.as_chunks().0[..groups]);
+        let mut sums = sums.each_mut().map(|sums| &mut sums.as_chunks_mut::<LANES>().0[..groups]);
+        for i in 0..groups {
+            if ahead && B > 1 && (i * size_of::<[S; LANES]>()).is_multiple_of(LINE) {
+                for row in rows.as_flattened() {
+                    simd::prefetch_at(row.as_flattened(), B * stride + i * LANES);
+                }
             }
+            add_group::<S, N, K, M, B>(level, &rows, &v, &w, &mut sums, i, f);
         }
-        add_group::<S, N, K, M, B, LANES>(level, &rows, &v, &w, &mut sums, c, f);
-        c += LANES;
     }
-    if c < width {
-        for b in 0..B {
-            add_edge::<S, N, K, M>(&rows.each_ref().map(|rows| [rows[b]]), &v, &[w[b]], &mut sums, c, f);
-        }
+    if groups * LANES < width {
+        let (rows, v) = (from_fn(|k| from_fn(|b| &rows[k][b][groups * LANES..])), v.map(|v| &v[groups * LANES..]));
+        add_edge::<S, N, K, M, B>(rows, v, w, sums.map(|sums| &mut sums[groups * LANES..]), f);
     }
 }
 
 /// The few columns of a row after the groups, one by one; all columns at a compact level. Not inlined: one small copy
 /// serves every level.
 #[inline(never)]
-fn add_edge<S: Storage, const N: usize, const K: usize, const M: usize>(
-    rows: &[[&[S]; 1]; N],
-    v: &[&[S::Real]; K],
-    w: &[S::Real; 1],
-    sums: &mut [&mut [S::Real]; M],
-    from: usize,
+fn add_edge<S: Storage, const N: usize, const K: usize, const M: usize, const B: usize>(
+    rows: [[&[S]; B]; N],
+    v: [&[S::Real]; K],
+    w: [S::Real; B],
+    sums: [&mut [S::Real]; M],
     f: &impl Fn([S::Real; N], [S::Real; K], S::Real) -> [S::Real; M],
 ) {
-    for c in from..sums[0].len() {
-        add_group::<S, N, K, M, 1, 1>(Level::Baseline, rows, v, w, sums, plain(N + K + M, c), f);
+    for c in 0..sums[0].len() {
+        let c = plain(N + K + M, c);
+        for b in 0..B {
+            let values = f(from_fn(|k| rows[k][b][c].widen()), from_fn(|k| v[k][c]), w[b]);
+            for m in 0..M {
+                sums[m][c] = sums[m][c] + values[m];
+            }
+        }
     }
 }
 
 #[inline(always)]
-fn add_group<S: Storage, const N: usize, const K: usize, const M: usize, const B: usize, const L: usize>(
+fn add_group<S: Storage, const N: usize, const K: usize, const M: usize, const B: usize>(
     level: Level,
-    rows: &[[&[S]; B]; N],
-    v: &[&[S::Real]; K],
+    rows: &[[&[[S; LANES]]; B]; N],
+    v: &[&[[S::Real; LANES]]; K],
     w: &[S::Real; B],
-    sums: &mut [&mut [S::Real]; M],
-    c: usize,
+    sums: &mut [&mut [[S::Real; LANES]]; M],
+    i: usize,
     f: &impl Fn([S::Real; N], [S::Real; K], S::Real) -> [S::Real; M],
 ) {
-    let v: [[S::Real; L]; K] = loads(level, v, c);
-    let mut lanes: [[S::Real; L]; M] = from_fn(|m| S::Real::load(&sums[m][c..c + L]));
+    let v: [[S::Real; LANES]; K] = loads(level, v, i);
+    let mut lanes: [[S::Real; LANES]; M] = from_fn(|m| sums[m][i]);
     for b in 0..B {
-        let x: [[S::Real; L]; N] = loads(level, &from_fn(|k| rows[k][b]), c);
-        for l in 0..L {
+        let x: [[S::Real; LANES]; N] = loads(level, &from_fn(|k| rows[k][b]), i);
+        for l in 0..LANES {
             let values = f(from_fn(|k| x[k][l]), from_fn(|k| v[k][l]), w[b]);
             for m in 0..M {
                 lanes[m][l] = lanes[m][l] + values[m];
@@ -282,7 +291,7 @@ fn add_group<S: Storage, const N: usize, const K: usize, const M: usize, const B
         }
     }
     for m in 0..M {
-        S::Real::store(lanes[m], &mut sums[m][c..c + L]);
+        sums[m][i] = lanes[m];
     }
 }
 

@@ -1,6 +1,7 @@
 //! Channels last: the normalised rows, from what [`super::columns`] found.
 
 use super::columns::{cut, fold, repeat, scale};
+use super::region::Walk;
 use super::{Affine, Shape, centred, floor, floored, start};
 use crate::kernel::Kernel;
 use crate::lanes::{Stores, map, map_whole};
@@ -10,12 +11,10 @@ use std::array::from_fn;
 
 /// The normalised rows; the vectors are as long as a row.
 struct Apply<'a, S: Storage> {
-    x: &'a [S],
-    residual: Option<&'a [S]>,
+    walk: Walk<'a, S>,
     vectors: [&'a [S::Real]; 4],
     floor: S::Real,
     stores: Stores,
-    y: &'a mut [S],
 }
 
 /// Vectors of this many columns come from the second cache: it is worth reading them for several rows at once.
@@ -57,7 +56,8 @@ pub(super) fn apply_by<S: Storage>(
     let times = fold(shape.channels, ROW.min(shape.len()));
     let scale = scale(&affine);
     let vectors = [affine.hi, affine.lo, &scale, affine.beta].map(|v| repeat(v, times));
-    start(alone, Apply { x, residual, vectors: from_fn(|k| &*vectors[k]), floor: floor(relu), stores, y });
+    let walk = Walk { x, residual, y };
+    start(alone, Apply { walk, vectors: from_fn(|k| &*vectors[k]), floor: floor(relu), stores });
 }
 
 impl<S: Storage> Kernel for Apply<'_, S> {
@@ -66,25 +66,23 @@ impl<S: Storage> Kernel for Apply<'_, S> {
     const TOP: Level = S::TOP;
 
     fn bytes(&self) -> usize {
-        size_of_val(self.x) + size_of_val(self.y) + self.residual.map_or(0, size_of_val)
+        self.walk.bytes()
     }
 
     fn halve(self) -> Result<(Self, Self), Self> {
-        let Some(at) = cut(self.y.len(), self.vectors[0].len(), 1) else { return Err(self) };
-        let (x, y) = (self.x.split_at(at), self.y.split_at_mut(at));
-        let residual = self.residual.map(|r| r.split_at(at));
-        let left = Self { x: x.0, y: y.0, residual: residual.map(|r| r.0), ..self };
-        Ok((left, Self { x: x.1, y: y.1, residual: residual.map(|r| r.1), ..self }))
+        let Some(at) = cut(self.walk.y.len(), self.vectors[0].len(), 1) else { return Err(self) };
+        let (left, right) = self.walk.split_at(at);
+        Ok((Self { walk: left, ..self }, Self { walk: right, ..self }))
     }
 
     #[inline(always)]
     fn run(self, level: Level) {
-        let Self { vectors, floor, stores, .. } = self;
+        let Self { walk: Walk { x, residual, y }, vectors, floor, stores } = self;
         let width = vectors[0].len().max(1);
         let f = move |x, [hi, lo, scale, beta]: [S::Real; 4]| floored(centred(x, hi, lo) * scale + beta, floor);
         let mut first = 0;
-        if self.residual.is_none() && together(level, stores, self.y, width) {
-            for (x, y) in self.x.chunks_exact(4 * width).zip(self.y.chunks_exact_mut(4 * width)) {
+        if residual.is_none() && together(level, stores, y, width) {
+            for (x, y) in x.chunks_exact(4 * width).zip(y.chunks_exact_mut(4 * width)) {
                 let ((x, far), (y, far_y)) = (x.split_at(2 * width), y.split_at_mut(2 * width));
                 let ((a, b), (c, d)) = (x.split_at(width), far.split_at(width));
                 let ((p, q), (r, s)) = (y.split_at_mut(width), far_y.split_at_mut(width));
@@ -93,10 +91,10 @@ impl<S: Storage> Kernel for Apply<'_, S> {
                 first += 4;
             }
         }
-        for (r, y) in (first..).zip(self.y[first * width..].chunks_mut(width)) {
+        for (r, y) in (first..).zip(y[first * width..].chunks_mut(width)) {
             let at = r * width..r * width + y.len();
-            let x = &self.x[at.clone()];
-            match self.residual {
+            let x = &x[at.clone()];
+            match residual {
                 None => map(level, [x], vectors, [y], stores, [], move |[x], v| [f(x, v)]),
                 Some(r) => map(level, [x, &r[at]], vectors, [y], stores, [], move |[x, r], [hi, lo, scale, beta]| {
                     [floored(centred(x, hi, lo) * scale + beta + r, floor)]

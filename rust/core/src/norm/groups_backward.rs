@@ -13,10 +13,11 @@ use super::{
 };
 use crate::error::{Error, length};
 use crate::kernel::{Kernel, launch};
-use crate::lanes::{Stores, Sum, map, map_add, steps};
+use crate::lanes::{Stores, map, map_add, steps};
 use crate::real::Real;
 use crate::simd::Level;
 use crate::storage::Storage;
+use crate::sum::Sum;
 use std::array::from_fn;
 use std::ops::Range;
 

@@ -2,7 +2,8 @@
 //! in [`rows`], group norm and instance norm in [`groups`].
 //!
 //! Batch norm sees an array as (outer, channels, inner) around its channel axis, with one statistic per channel over outer
-//! and inner. [`planes`] handles inner > 1 (channels first), [`columns`] inner = 1 (channels last and plain matrices).
+//! and inner. [`planes`] handles inner > 1 (channels first), [`columns`] inner = 1 (channels last and plain matrices): of
+//! each there is the file of its sums, one that ends in `_write`, and one that ends in `_backward`.
 //!
 //! Training is statistics, [`finish`], [`apply`]; [`train`] does all three, and where the slice of a channel fits in
 //! cache it reads x from memory once. The same bits come out either way.

@@ -8,11 +8,12 @@ use super::planes_write::Write;
 use super::region::{Block, Region, Samples, TILE, tile};
 use super::{Affine, Data, Finish, Statistics, floor};
 use crate::kernel::Kernel;
-use crate::lanes::{Stores, Sum, steps};
+use crate::lanes::{Stores, steps};
 use crate::moments::{Channels, LOOKS, again, conclude, guess, inverse};
 use crate::real::Real;
 use crate::simd::{self, Level};
 use crate::storage::Storage;
+use crate::sum::Sum;
 use std::ops::Range;
 
 /// Tiles of up to this many bytes are still in the second cache when the tile after them has been read.

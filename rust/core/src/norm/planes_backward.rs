@@ -3,10 +3,11 @@
 use super::region::{Region, Samples, TILE, cut, pieces, tile};
 use super::{Shape, Sums, Upstream, centred, gradient, masked, mean_dy, slope};
 use crate::kernel::{Kernel, launch};
-use crate::lanes::{Stores, Sum, map, steps, totals};
+use crate::lanes::{Stores, map, steps};
 use crate::real::Real;
 use crate::simd::{self, Level};
 use crate::storage::Storage;
+use crate::sum::{Sum, totals};
 use std::ops::Range;
 
 /// Elements that memory needs to have warning of, at least.

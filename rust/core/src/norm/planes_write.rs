@@ -1,6 +1,6 @@
 //! Channels first: the normalised array, from what [`super::planes`] found.
 
-use super::region::{cut, pieces};
+use super::region::{Walk, cut, pieces};
 use super::{Affine, Shape, centred, floor, floored};
 use crate::kernel::{Kernel, launch};
 use crate::lanes::{Stores, map};
@@ -33,14 +33,12 @@ fn normalise<S: Storage>(
 
 /// The normalised array: elements `start..start + y.len()`.
 struct Apply<'a, S: Storage> {
-    x: &'a [S],
-    residual: Option<&'a [S]>,
+    walk: Walk<'a, S>,
     affine: Affine<'a, S::Real>,
     floor: S::Real,
     shape: Shape,
     start: usize,
     stores: Stores,
-    y: &'a mut [S],
 }
 
 /// See [`super::apply`], which checks the lengths.
@@ -53,7 +51,7 @@ pub(super) fn apply<S: Storage>(
     y: &mut [S],
 ) {
     let stores = Stores::joined(y, shape.inner);
-    launch(Apply { x, residual, affine, floor: floor(relu), shape, start: 0, stores, y });
+    launch(Apply { walk: Walk { x, residual, y }, affine, floor: floor(relu), shape, start: 0, stores });
 }
 
 impl<S: Storage> Kernel for Apply<'_, S> {
@@ -62,20 +60,18 @@ impl<S: Storage> Kernel for Apply<'_, S> {
     const TOP: Level = S::TOP;
 
     fn bytes(&self) -> usize {
-        size_of_val(self.x) + size_of_val(self.y) + self.residual.map_or(0, size_of_val)
+        self.walk.bytes()
     }
 
     fn halve(self) -> Result<(Self, Self), Self> {
-        let Some(at) = cut(self.y.len()) else { return Err(self) };
-        let (x, y) = (self.x.split_at(at), self.y.split_at_mut(at));
-        let residual = self.residual.map(|r| r.split_at(at));
-        let left = Self { x: x.0, y: y.0, residual: residual.map(|r| r.0), ..self };
-        Ok((left, Self { x: x.1, y: y.1, residual: residual.map(|r| r.1), start: self.start + at, ..self }))
+        let Some(at) = cut(self.walk.y.len()) else { return Err(self) };
+        let (left, right) = self.walk.split_at(at);
+        Ok((Self { walk: left, ..self }, Self { walk: right, start: self.start + at, ..self }))
     }
 
     #[inline(always)]
     fn run(self, level: Level) {
-        let Self { x, residual, affine, floor, shape, start, stores, y } = self;
+        let Self { walk: Walk { x, residual, y }, affine, floor, shape, start, stores } = self;
         // What it reads starts where it writes.
         let write = Write {
             x,

@@ -148,3 +148,24 @@ pub(super) fn pieces(shape: Shape, start: usize, len: usize) -> impl Iterator<It
         (plane % shape.channels, from - start..to - start)
     })
 }
+
+/// What elementwise work walks: it reads x and a residual that may be there, and writes y.
+pub(super) struct Walk<'a, S> {
+    pub(super) x: &'a [S],
+    pub(super) residual: Option<&'a [S]>,
+    pub(super) y: &'a mut [S],
+}
+
+impl<S> Walk<'_, S> {
+    /// Bytes read and written.
+    pub(super) fn bytes(&self) -> usize {
+        size_of_val(self.x) + size_of_val(self.y) + self.residual.map_or(0, size_of_val)
+    }
+
+    /// The first `at` elements, and the others.
+    pub(super) fn split_at(self, at: usize) -> (Self, Self) {
+        let (x, y) = (self.x.split_at(at), self.y.split_at_mut(at));
+        let residual = self.residual.map(|r| r.split_at(at)).unzip();
+        (Self { x: x.0, residual: residual.0, y: y.0 }, Self { x: x.1, residual: residual.1, y: y.1 })
+    }
+}

@@ -8,11 +8,12 @@ use super::centred;
 pub use super::rows_backward::Backward;
 use crate::error::{Error, length};
 use crate::kernel::Kernel;
-use crate::lanes::{Stores, Sum, map, steps, totals};
+use crate::lanes::{Stores, map, steps};
 use crate::moments::{BLOCK, LOOKS, Moments, again, conclude, guess, inverse};
 use crate::real::{Real, split};
 use crate::simd::Level;
 use crate::storage::Storage;
+use crate::sum::{Sum, totals};
 use std::ops::Range;
 
 /// No more rows than this go together.
@@ -80,6 +81,18 @@ impl<'a, S: Storage> Forward<'a, S> {
         let stores = Stores::joined(y, gamma.len());
         Ok(Self { x, residual, gamma, beta, eps, mean, rstd, stores, y })
     }
+}
+
+/// What memory fetches while a row is written: the one `step` elements further on, where arrays are past the cache.
+#[inline(always)]
+pub(super) fn ahead<'a, S, const N: usize>(
+    stores: Stores,
+    x: [&'a [S]; N],
+    row: &Range<usize>,
+    step: usize,
+) -> [&'a [S]; N] {
+    let at = row.start + step..row.end + step;
+    x.map(|x| if stores == Stores::Cached { &[] } else { x.get(at.clone()).unwrap_or(&[]) })
 }
 
 /// The place at which rows are cut in two, a multiple of `step`.
@@ -199,9 +212,10 @@ impl<S: Storage> Kernel for Forward<'_, S> {
                     (his[first + k], los[first + k]) = (hi, lo);
                 }
                 let (at, from) = ((first + k) * width..(first + k + 1) * width, &x[k * width..(k + 1) * width]);
+                let ahead = ahead(self.stores, [self.x], &at, n * width);
                 let y = &mut self.y[at.clone()];
                 match &mut self.residual {
-                    None => map(level, [from], v, [y], self.stores, [], move |[x], [gamma, beta]| {
+                    None => map(level, [from], v, [y], self.stores, ahead, move |[x], [gamma, beta]| {
                         [centred(x, hi, lo) * rstd * gamma + beta]
                     }),
                     Some(r) => {

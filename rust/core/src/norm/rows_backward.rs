@@ -1,15 +1,16 @@
 //! Layer norm and RMS norm, backward.
 
 use super::columns::{CHAIN, ColumnSums};
-use super::rows::{GROUP, cut, group};
+use super::rows::{GROUP, ahead, cut, group};
 use super::{Sums, centred, gradient};
 use crate::error::{Error, length};
 use crate::kernel::Kernel;
-use crate::lanes::{Stores, Sum, map_add, steps, totals};
+use crate::lanes::{Stores, map_add, steps};
 use crate::moments::inverse;
 use crate::real::Real;
 use crate::simd::Level;
 use crate::storage::Storage;
+use crate::sum::{Sum, totals};
 
 /// Parts have at least about this many rows: each has sums of its own, as long as a row, in float64.
 const PART: usize = 16;
@@ -115,23 +116,40 @@ impl<S: Storage> Kernel for Backward<'_, S> {
                     let ([hi, lo, rstd], [mean, slope]) = (self.row(first + k), means[k]);
                     let (dy, x) = (&self.dy[at.clone()], &self.x[at.clone()]);
                     let (v, dx) = ([gamma], &mut self.dx[at.clone()]);
+                    let ahead = ahead(self.stores, [self.dy, self.x], &at, n * width);
                     let one = move |dy, x, gamma| {
                         let d = centred(x, hi, lo);
                         (gradient(dy * gamma, d, rstd, mean, slope), [dy, dy * (d * rstd)])
                     };
                     match self.dsum {
-                        None => {
-                            map_add(level, [dy, x], v, [dx], sums.chain(), self.stores, [], move |[dy, x], [gamma]| {
+                        None => map_add(
+                            level,
+                            [dy, x],
+                            v,
+                            [dx],
+                            sums.chain(),
+                            self.stores,
+                            ahead,
+                            move |[dy, x], [gamma]| {
                                 let (dx, terms) = one(dy, x, gamma);
                                 ([dx], terms)
-                            })
-                        }
+                            },
+                        ),
                         Some(dsum) => {
                             let x = [dy, x, &dsum[at]];
-                            map_add(level, x, v, [dx], sums.chain(), self.stores, [], move |[dy, x, ds], [gamma]| {
-                                let (dx, terms) = one(dy, x, gamma);
-                                ([dx + ds], terms)
-                            });
+                            map_add(
+                                level,
+                                x,
+                                v,
+                                [dx],
+                                sums.chain(),
+                                self.stores,
+                                ahead,
+                                move |[dy, x, ds], [gamma]| {
+                                    let (dx, terms) = one(dy, x, gamma);
+                                    ([dx + ds], terms)
+                                },
+                            );
                         }
                     }
                 }
