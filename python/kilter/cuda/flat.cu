@@ -51,7 +51,7 @@ KT_KERNEL(256) copy(const KT_T* source, KT_T* target, kt_index n) {
 // Adds the sum of `reads` arrays to each of `writes` others; tables of their addresses. Compilers that are left to choose aim
 // at eight blocks of it for a multiprocessor of sm_100, where registers do not suffice.
 KT_KERNEL(256, 4) update(const unsigned long long* inputs, int reads, const unsigned long long* arrays, int writes,
-                      kt_index n) {
+                         kt_index n) {
   kt_index i = (kt_index)grid_thread() * KT_V;
   if (i >= n) return;
   const bool whole = n - i >= KT_V;

@@ -297,9 +297,9 @@ const int WINDOWS = Rule::windows, STATE = Rule::windows + Rule::slots;
 // Elements that move together: 16 bytes in the arithmetic's type, or in 16 bits where all that is written has them.
 const bool KT_NARROW = sizeof(KT_T) == 2 && !KT_MASTERS && (STATE == 0 || sizeof(KT_S) == 2);
 const int KT_V = KT_NARROW ? 8 : 16 / sizeof(kt_real);
-// Blocks of 256 threads that a multiprocessor has registers for.
-const int KT_BLOCKS = sizeof(kt_real) == 8 ? 2
-                      : 4 - (STATE + WINDOWS + KT_MASTERS > 2) - (KT_NARROW && STATE + WINDOWS > 1) - (KT_NARROW && Rule::ahead);
+// Blocks of 256 threads that a multiprocessor has registers for: four, or fewer of the steps that need many.
+const int KT_SPARED = (STATE + WINDOWS + KT_MASTERS > 2) + (KT_NARROW && STATE + WINDOWS > 1) + (KT_NARROW && Rule::ahead);
+const int KT_BLOCKS = sizeof(kt_real) == 8 ? 2 : 4 - KT_SPARED;
 
 // A group's rule, and what happens to a gradient before the rule sees it: clamp(g * scale, +- limit). A negative row says
 // that the step is skipped.
