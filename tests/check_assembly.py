@@ -53,8 +53,10 @@ INTEGER = re.compile(r"v?p(?:add|sub|mul|and|or|xor|sll|srl|sra)\w*$")
 FORBIDDEN = {
     "fused": re.compile(r"vfn?m(?:add|sub)"),
     "approximate": re.compile(r"v?(?:rsqrt|rcp)(?:14)?(?:ps|ss|pd|sd)"),
-    "hardware bfloat16": re.compile(r"vcvtne\w*bf16|vdpbf16"),
+    "hardware bfloat16": re.compile(r"vcvtne2\w*bf16|vdpbf16"),
 }
+# It takes denormals for zeros, so that none may be among its numbers.
+ROUNDS, LOOKS = "vcvtneps2bf16", "vfpclassps $0x20,"
 # They end the program: what they do on the way needs no speed.
 ENDS = re.compile(r"panic|_fail\b|_failed\b|handle_error|handle_alloc_error|expect_failed|unwind|begin_unwind")
 
@@ -67,6 +69,13 @@ class Function:
     count: Counter = field(default_factory=Counter)
     forbidden: set[str] = field(default_factory=set)
     calls: set[str] = field(default_factory=set)
+
+    @property
+    def faults(self):
+        """Kinds of instructions that it must not have."""
+        return sorted(
+            self.forbidden | {"unguarded bfloat16"} if self.count["rounds"] > self.count["looks"] else self.forbidden
+        )
 
     @property
     def computes(self):
@@ -85,6 +94,8 @@ def note(function, mnemonic, operands, slots):
     elif wide:
         function.count["other"] += 1
     function.forbidden |= {name for name, pattern in FORBIDDEN.items() if pattern.match(mnemonic)}
+    function.count["rounds"] += mnemonic == ROUNDS
+    function.count["looks"] += f"{mnemonic} {operands}".startswith(LOOKS)
     if target := re.search(r"# ([0-9a-f]+) <", operands):
         function.calls |= {name for name in [slots.get(int(target[1], 16))] if name}
     elif mnemonic.startswith(("call", "jmp")) and (target := re.match(r"[0-9a-f]+ <(.*)>$", operands)):
@@ -181,7 +192,7 @@ def reached(functions, door):
 
 def faults(functions, kernel, door, level):
     """What is wrong with a kernel's door, in words."""
-    for name in sorted(door.forbidden):
+    for name in door.faults:
         yield f"{name} instructions"
     driver = kernel.split("<")[0] in DRIVERS
     if level != "baseline" and not driver and kernel.split("<")[0] not in MOVES:
@@ -194,8 +205,8 @@ def faults(functions, kernel, door, level):
             yield f"calls {bare} of libm"
         elif name not in functions:
             continue
-        elif functions[name].forbidden:
-            yield f"{', '.join(sorted(functions[name].forbidden))} instructions in {name}"
+        elif functions[name].faults:
+            yield f"{', '.join(functions[name].faults)} instructions in {name}"
         elif functions[name].computes and not (driver or ("kilter_core::" in name and last(name) in outside())):
             yield f"left outside the door: {name} ({functions[name].computes} floating-point operations)"
 

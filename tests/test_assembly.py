@@ -30,14 +30,15 @@ def test_a_good_kernel_passes():
         "call   3000 <core::panicking::panic>",
     ]
     panics = {"core::panicking::panic": ["mulss  %xmm0,%xmm1"]}
-    assert faults([*WIDE, "vaddss %xmm0,%xmm1,%xmm2", *calls], panics) == []
+    guarded = ["vfpclassps $0x20,%zmm0,%k0", "vcvtneps2bf16 %zmm0,%ymm0"]
+    assert faults([*WIDE, "vaddss %xmm0,%xmm1,%xmm2", *guarded, *calls], panics) == []
 
 
 def test_counts():
     functions = read(
         {DOOR: [*WIDE, "vmulpd %xmm0,%xmm1,%xmm2", "vdivsd %xmm0,%xmm1,%xmm2", "vpaddd %ymm0,%ymm1,%ymm2"]}
     )
-    assert functions[DOOR].count == {"ymm": assembly.WIDE, "xmm": 1, "scalar": 1, "integer": 1}
+    assert +functions[DOOR].count == {"ymm": assembly.WIDE, "xmm": 1, "scalar": 1, "integer": 1}
 
 
 @pytest.mark.parametrize(
@@ -47,6 +48,8 @@ def test_counts():
         (["vpaddd %ymm0,%ymm1,%ymm2"] * 50, "only 0"),
         ([*WIDE, "vfmadd213ps %ymm0,%ymm1,%ymm2"], "fused"),
         ([*WIDE, "vrsqrtps %ymm0,%ymm1"], "approximate"),
+        ([*WIDE, "vdpbf16ps %zmm0,%zmm1,%zmm2"], "hardware bfloat16"),
+        ([*WIDE, "vfpclassps $0x20,%zmm0,%k0", *["vcvtneps2bf16 %zmm0,%ymm0"] * 2], "unguarded bfloat16"),
         ([*WIDE, "call   2000 <fmaf@plt>"], "fmaf of libm"),
         ([*WIDE, "jmp    2000 <exp>"], "exp of libm"),
         ([*WIDE, "call   *0x10(%rip)        # 9000 <_DYNAMIC+0x8>"], "floor of libm"),

@@ -42,24 +42,43 @@ pub fn map_add<S: Storage, const N: usize, const K: usize, const M: usize, const
 ) {
     let n = y[0].len();
     if level.compact() {
-        return edge(x, v, y, sums, f);
+        return fours_apart(x, v, y, sums, f);
     }
-    let mut head = 0;
+    let (mut at, mut apart) = (0, false);
     if let Stores::Streamed { from } = stores {
         // With ordinary stores up to there; an output out of step with the first uses them throughout.
         let offset = y[0].as_ptr().align_offset(from);
         if offset > 0 && offset < LINE / size_of::<S>() {
-            head = offset.min(n);
-            let (y, sums) = (y.each_mut().map(|y| &mut y[..head]), sums.each_mut().map(|sums| &mut sums[..head]));
-            few(x.map(|x| &x[..head]), v.map(|v| &v[..head]), y, sums, f);
+            at = offset.min(n);
+            let (y, sums) = (y.each_mut().map(|y| &mut y[..at]), sums.each_mut().map(|sums| &mut sums[..at]));
+            few(x.map(|x| &x[..at]), v.map(|v| &v[..at]), y, sums, f);
         }
+        // Two groups of 16-bit elements make a line. With sums beside them they do not fit in registers.
+        let pairs = size_of::<S>() < 4 && B == 0;
+        let step = if pairs { 2 * LANES } else { LANES };
+        let to = at + (n - at) / step * step;
+        let (x, v) = (x.map(|x| &x[at..to]), v.map(|v| &v[at..to]));
+        let (y, sums) = (y.each_mut().map(|y| &mut y[at..to]), sums.each_mut().map(|sums| &mut sums[at..to]));
+        if pairs {
+            groups::<S, N, K, M, B, { 2 * LANES }, A>(level, true, x, v, y, sums, ahead, f);
+        } else {
+            groups::<S, N, K, M, B, LANES, A>(level, true, x, v, y, sums, ahead, f);
+        }
+        (at, apart) = (to, pairs && n - to >= LANES);
     }
-    let to = head + (n - head) / LANES * LANES;
-    let (xs, vs) = (x.map(|x| &x[head..to]), v.map(|v| &v[head..to]));
-    let (ys, totals) = (y.each_mut().map(|y| &mut y[head..to]), sums.each_mut().map(|sums| &mut sums[head..to]));
-    match stores {
-        Stores::Cached => groups::<S, N, K, M, B, LANES, 0>(level, false, xs, vs, ys, totals, [], f),
-        Stores::Streamed { .. } => groups::<S, N, K, M, B, LANES, A>(level, true, xs, vs, ys, totals, ahead, f),
+    let to = at + (n - at) / LANES * LANES;
+    if at < to {
+        // Half a line is streamed as well: runs that follow each other in memory complete it.
+        let mut half = [[S::default(); LANES]; M];
+        let out = if apart { half.each_mut().map(|half| &mut half[..]) } else { y.each_mut().map(|y| &mut y[at..to]) };
+        let (x, v, sums) =
+            (x.map(|x| &x[at..to]), v.map(|v| &v[at..to]), sums.each_mut().map(|sums| &mut sums[at..to]));
+        groups::<S, N, K, M, B, LANES, 0>(level, false, x, v, out, sums, [], f);
+        if apart {
+            for m in 0..M {
+                simd::stream(level, &half[m], &mut y[m][at..to]);
+            }
+        }
     }
     if to < n {
         let (y, sums) = (y.each_mut().map(|y| &mut y[to..]), sums.each_mut().map(|sums| &mut sums[to..n]));
@@ -107,11 +126,11 @@ fn groups<
     let (x, v) = (x.map(|x| &x.as_chunks::<L>().0[..n]), v.map(|v| &v.as_chunks::<L>().0[..n]));
     let y = y.map(|y| &mut y.as_chunks_mut::<L>().0[..n]);
     let sums = sums.map(|sums| &mut sums.as_chunks_mut::<L>().0[..n]);
-    let ahead = ahead.map(|ahead| ahead.as_chunks::<LANES>().0);
+    let ahead = ahead.map(|ahead| ahead.as_chunks::<L>().0);
     for i in 0..n {
         // Else they see that no place is out of bounds, and spread the loop over several groups: shuffles without end.
         let i = black_box(i);
-        if i % (LINE / size_of::<S>() / LANES).max(1) == 0 {
+        if i % (LINE / size_of::<S>() / L).max(1) == 0 {
             for ahead in ahead {
                 if i < ahead.len() {
                     simd::prefetch_far(&ahead[i]);
@@ -145,9 +164,34 @@ fn groups<
     }
 }
 
-/// Less than a group: four by four, then one by one.
+/// Less than a line: four by four, then one by one.
 #[inline(always)]
 fn few<S: Storage, const N: usize, const K: usize, const M: usize, const B: usize>(
+    x: [&[S]; N],
+    v: [&[S::Real]; K],
+    y: [&mut [S]; M],
+    sums: [&mut [S::Real]; B],
+    f: impl Fn([S::Real; N], [S::Real; K]) -> ([S::Real; M], [S::Real; B]) + Copy,
+) {
+    // The call is a tenth of what a run of 3 KB takes: f32 has a copy in every loop, for half a percent of the wheel.
+    if size_of::<S>() == 4 { fours(x, v, y, sums, f) } else { fours_apart(x, v, y, sums, f) }
+}
+
+/// Not inlined, nor is [`edge`]: one small copy serves every level. By value: a loop beside it could not keep in registers
+/// what another function may see.
+#[inline(never)]
+fn fours_apart<S: Storage, const N: usize, const K: usize, const M: usize, const B: usize>(
+    x: [&[S]; N],
+    v: [&[S::Real]; K],
+    y: [&mut [S]; M],
+    sums: [&mut [S::Real]; B],
+    f: impl Fn([S::Real; N], [S::Real; K]) -> ([S::Real; M], [S::Real; B]) + Copy,
+) {
+    fours(x, v, y, sums, f);
+}
+
+#[inline(always)]
+fn fours<S: Storage, const N: usize, const K: usize, const M: usize, const B: usize>(
     x: [&[S]; N],
     v: [&[S::Real]; K],
     mut y: [&mut [S]; M],
@@ -166,8 +210,7 @@ fn few<S: Storage, const N: usize, const K: usize, const M: usize, const B: usiz
     }
 }
 
-/// Places one by one: what is left of a run, or all of it at a compact level. Not inlined: one small copy serves every
-/// level. By value: a loop beside it could not keep in registers what another function may see.
+/// Places one by one.
 #[inline(never)]
 fn edge<S: Storage, const N: usize, const K: usize, const M: usize, const B: usize>(
     x: [&[S]; N],
@@ -177,7 +220,7 @@ fn edge<S: Storage, const N: usize, const K: usize, const M: usize, const B: usi
     f: impl Fn([S::Real; N], [S::Real; K]) -> ([S::Real; M], [S::Real; B]),
 ) {
     for i in 0..y[0].len() {
-        let i = plain(N + K + M, i);
+        let i = black_box(i); // else there would be a second, wide loop for up to three places
         let (values, terms) = f(from_fn(|k| x[k][i].widen()), from_fn(|k| v[k][i]));
         for b in 0..B {
             sums[b][i] = sums[b][i] + terms[b];
@@ -186,13 +229,6 @@ fn edge<S: Storage, const N: usize, const K: usize, const M: usize, const B: usi
             y[m][i] = S::narrow(values[m]);
         }
     }
-}
-
-/// A place in `arrays` arrays, of which compilers know nothing where there are many: a loop in wide registers would first
-/// look whether any two of them overlap, which is 9 KB of a wheel for a case of backward passes without AVX2.
-#[inline(always)]
-pub fn plain(arrays: usize, i: usize) -> usize {
-    if arrays > 9 { black_box(i) } else { i }
 }
 
 /// The values of one group of each array. A loop, as `from_fn` may become a function of its own, outside the door of the

@@ -244,7 +244,10 @@ mod tests {
         // NaNs of every kind, infinities, ties, and whatever else 16 bits and some below them can be.
         for top in 0..=u16::MAX {
             for low in [0u32, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF] {
-                let values: [f32; 16] = from_fn(|l| f32::from_bits((top as u32) << 16 | low ^ l as u32 & 1));
+                let mut values: [f32; 16] = from_fn(|l| f32::from_bits((top as u32) << 16 | low ^ l as u32 & 1));
+                if top % 3 == 0 {
+                    values[top as usize % 16] = f32::from_bits(0x0001_8000 + low); // a denormal among others
+                }
                 let wanted = bf16::round(values).map(bf16::to_bits);
                 for level in Level::ALL.into_iter().filter(|level| *level <= simd::level()) {
                     assert_eq!(bf16::round_at(level, values).map(bf16::to_bits), wanted, "{top:#x} {low:#x}");
