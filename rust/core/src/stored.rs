@@ -2,7 +2,7 @@
 //! 16-bit ones that are widened into scratch and rounded back, a block at a time.
 
 use crate::kernel::Kernel;
-use crate::lanes::LANES;
+use crate::lanes::{LANES, LINE};
 use crate::real::Real;
 use crate::simd::{self, Level};
 use crate::storage::Storage;
@@ -149,7 +149,8 @@ fn widened<T: Real, S: Storage, const L: usize>(level: Level, from: &[S], i: usi
     to
 }
 
-/// Widens: `to = from`. A part of other kernels: it is not split.
+/// Widens: `to = from`. Meanwhile memory fetches as many elements after them: the next ones that a step will want. A part of
+/// other kernels: it is not split.
 struct Load<'a, T, S> {
     from: &'a [S],
     to: &'a mut [T],
@@ -157,6 +158,8 @@ struct Load<'a, T, S> {
 
 impl<T: Real, S: Storage> Kernel for Load<'_, T, S> {
     type Out = ();
+
+    const TOP: Level = S::TOP;
 
     fn bytes(&self) -> usize {
         size_of_val(self.from)
@@ -172,6 +175,9 @@ impl<T: Real, S: Storage> Kernel for Load<'_, T, S> {
         let (from, to) = (self.from, &mut self.to[..n]);
         let mut i = 0;
         while i + LANES <= n && !level.compact() {
+            if (i * size_of::<S>()).is_multiple_of(LINE) {
+                simd::prefetch_at(from, n + i);
+            }
             T::store(widened::<T, S, LANES>(level, from, i), &mut to[i..i + LANES]);
             i += LANES;
         }
@@ -268,6 +274,8 @@ struct Store<'a, T, S> {
 
 impl<T: Real, S: Storage> Kernel for Store<'_, T, S> {
     type Out = ();
+
+    const TOP: Level = S::TOP;
 
     fn bytes(&self) -> usize {
         size_of_val(self.to)

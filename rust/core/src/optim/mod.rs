@@ -206,6 +206,9 @@ fn halves<T: Real>(stored: Vec<Stored<'_, T>>, at: usize) -> (Vec<Stored<'_, T>>
 impl<T: Real> Kernel for Step<'_, T> {
     type Out = ();
 
+    // For what it widens and rounds; rules have their own.
+    const TOP: Level = Level::Avx512;
+
     fn bytes(&self) -> usize {
         self.len * self.width
     }
