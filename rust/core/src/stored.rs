@@ -159,7 +159,7 @@ struct Load<'a, T, S> {
 impl<T: Real, S: Storage> Kernel for Load<'_, T, S> {
     type Out = ();
 
-    const TOP: Level = S::TOP;
+    const TOP: Level = if size_of::<T>() == 4 { S::TOP } else { Level::Avx2 };
 
     fn bytes(&self) -> usize {
         size_of_val(self.from)
@@ -275,7 +275,7 @@ struct Store<'a, T, S> {
 impl<T: Real, S: Storage> Kernel for Store<'_, T, S> {
     type Out = ();
 
-    const TOP: Level = S::TOP;
+    const TOP: Level = if size_of::<T>() == 4 { S::TOP } else { Level::Avx2 };
 
     fn bytes(&self) -> usize {
         size_of_val(self.to)

@@ -26,13 +26,10 @@ use crate::real::Real;
 use crate::simd::{self, Level};
 use crate::stored::{Source, Stored, Sum};
 use std::ops::Range;
+use update::{SLOTS, WINDOWS, update};
 
 /// Elements that are widened together: all scratch of a step stays in the first cache.
 pub const BLOCK: usize = 512;
-
-/// Most windows of a rule, and most numbers of state that it changes per parameter.
-const WINDOWS: usize = 2;
-const SLOTS: usize = 3;
 
 /// Arrays that may need scratch: gradient, parameter, sums over windows, slots.
 const SCRATCH: usize = 2 + WINDOWS + SLOTS;
@@ -135,7 +132,7 @@ impl<'a, T: Real> Step<'a, T> {
             let Stored::Real(stored) = stored else { return false };
             *slot = &mut stored[place.clone()];
         }
-        self.rule.update(level, self.prepare, p, g, &[], &mut slots[..count]);
+        update(self.rule, level, self.prepare, p, g, &[], &mut slots[..count]);
         true
     }
 
@@ -174,7 +171,7 @@ impl<'a, T: Real> Step<'a, T> {
             slots[count] = stored.open(level, place.clone(), to);
             count += 1;
         }
-        self.rule.update(level, self.prepare, p, g, &sums[..windows], &mut slots[..count]);
+        update(self.rule, level, self.prepare, p, g, &sums[..windows], &mut slots[..count]);
 
         match &self.masters {
             Some(masters) => tensor.p.write(level, at, &masters[place.clone()]),
@@ -207,7 +204,7 @@ impl<T: Real> Kernel for Step<'_, T> {
     type Out = ();
 
     // For what it widens and rounds; rules have their own.
-    const TOP: Level = Level::Avx512;
+    const TOP: Level = if size_of::<T>() == 4 { Level::Avx512 } else { Level::Avx2 };
 
     fn bytes(&self) -> usize {
         self.len * self.width

@@ -40,6 +40,10 @@ pub(super) fn clamp<T: Real>(x: T, limit: T) -> T {
     if x < -limit { -limit } else { x }
 }
 
+/// Most windows of a rule, and most numbers of state that it changes per parameter.
+pub(super) const WINDOWS: usize = 2;
+pub(super) const SLOTS: usize = 3;
+
 /// A rule whose state is known at run time only.
 pub trait AnyRule<T>: Send + Sync {
     /// How many windows it has.
@@ -48,8 +52,48 @@ pub trait AnyRule<T>: Send + Sync {
     /// How many numbers of state it changes per parameter, windows included.
     fn slots(&self) -> usize;
 
-    /// Updates a run of parameters and their state, all of one length.
-    fn update(&self, level: Level, prepare: Prepare<T>, p: &mut [T], g: &[T], past: &[&[T]], slots: &mut [&mut [T]]);
+    /// Updates whole groups of [`LANES`] parameters and their state; see [`update`].
+    fn groups(&self, level: Level, prepare: Prepare<T>, p: &mut [T], g: &[T], past: &[&[T]], slots: &mut [&mut [T]]);
+}
+
+/// Updates a run of parameters and their state, all of one length. What is left after the whole groups is one more, filled
+/// up with zeros: rules need no loop of their own for it.
+pub fn update<T: Real>(
+    rule: &dyn AnyRule<T>,
+    level: Level,
+    prepare: Prepare<T>,
+    p: &mut [T],
+    g: &[T],
+    past: &[&[T]],
+    slots: &mut [&mut [T]],
+) {
+    let (at, n) = (p.len() / LANES * LANES, p.len());
+    if at > 0 {
+        rule.groups(level, prepare, p, g, past, slots);
+    }
+    if at == n {
+        return;
+    }
+    let fill = |from: &[T]| {
+        let mut group = [T::ZERO; LANES];
+        group[..n - at].copy_from_slice(&from[at..n]);
+        group
+    };
+    let (mut last_p, last_g) = (fill(p), fill(g));
+    let (mut last_past, mut last_slots) = ([[T::ZERO; LANES]; WINDOWS], [[T::ZERO; LANES]; SLOTS]);
+    for (last, past) in last_past.iter_mut().zip(past) {
+        *last = fill(past);
+    }
+    for (last, slot) in last_slots.iter_mut().zip(&*slots) {
+        *last = fill(slot);
+    }
+    let last_past = last_past.each_ref().map(|last| &last[..]);
+    let mut lasts = last_slots.each_mut().map(|last| &mut last[..]);
+    rule.groups(level, prepare, &mut last_p, &last_g, &last_past[..past.len()], &mut lasts[..slots.len()]);
+    p[at..].copy_from_slice(&last_p[..n - at]);
+    for (last, slot) in last_slots.iter().zip(slots) {
+        slot[at..n].copy_from_slice(&last[..n - at]);
+    }
 }
 
 struct Carried<R, const W: usize, const N: usize>(R);
@@ -68,16 +112,16 @@ impl<T: Real, R: Rule<T, W, N>, const W: usize, const N: usize> AnyRule<T> for C
         N
     }
 
-    fn update(&self, level: Level, prepare: Prepare<T>, p: &mut [T], g: &[T], past: &[&[T]], slots: &mut [&mut [T]]) {
-        let n = p.len();
-        let past = from_fn(|w| &past[w][..n]);
+    fn groups(&self, level: Level, prepare: Prepare<T>, p: &mut [T], g: &[T], past: &[&[T]], slots: &mut [&mut [T]]) {
+        let n = p.len() / LANES * LANES;
+        let (p, past) = (&mut p[..n], from_fn(|w| &past[w][..n]));
         let mut slots = slots.iter_mut();
         let slots = from_fn(|_| &mut slots.next().expect("as many as the rule changes")[..n]);
         simd::enter(level, Update { rule: self.0, prepare, p, g: &g[..n], past, slots });
     }
 }
 
-/// A rule on a run of numbers. A part of [`Step`](super::Step): it is not split.
+/// A rule on whole groups of numbers. A part of [`Step`](super::Step): it is not split.
 pub struct Update<'a, T, R, const W: usize, const N: usize> {
     rule: R,
     prepare: Prepare<T>,
@@ -88,44 +132,40 @@ pub struct Update<'a, T, R, const W: usize, const N: usize> {
 }
 
 impl<T: Real, R: Rule<T, W, N>, const W: usize, const N: usize> Update<'_, T, R, W, N> {
-    /// Updates `L` parameters from `i` on.
+    /// Updates the whole groups of `L` parameters.
     #[inline(always)]
-    fn group<const L: usize>(&mut self, i: usize) {
-        let g: [T; L] = T::load(&self.g[i..i + L]);
-        let mut p: [T; L] = T::load(&self.p[i..i + L]);
-        let (mut past, mut slots) = ([[T::ZERO; L]; W], [[T::ZERO; L]; N]);
-        for w in 0..W {
-            past[w] = T::load(&self.past[w][i..i + L]);
-        }
-        for n in 0..N {
-            slots[n] = T::load(&self.slots[n][i..i + L]);
-        }
-        for l in 0..L {
-            let (new, state) =
-                self.rule.step(p[l], self.prepare.apply(g[l]), from_fn(|w| past[w][l]), from_fn(|n| slots[n][l]));
-            p[l] = new;
-            for n in 0..N {
-                slots[n][l] = state[n];
+    fn groups<const L: usize>(self) {
+        let Self { rule, prepare, p, g, past, slots } = self;
+        let p = p.as_chunks_mut::<L>().0;
+        let n = p.len();
+        let (g, past) = (&g.as_chunks::<L>().0[..n], past.map(|past| &past.as_chunks::<L>().0[..n]));
+        let slots = slots.map(|slot| &mut slot.as_chunks_mut::<L>().0[..n]);
+        for i in 0..n {
+            // Else compilers spread the loop over several groups: shuffles without end.
+            let i = black_box(i);
+            let (past, mut state): ([[T; L]; W], [[T; L]; N]) = (from_fn(|w| past[w][i]), from_fn(|k| slots[k][i]));
+            let (mut new, g) = (p[i], g[i]);
+            for l in 0..L {
+                let (value, values) =
+                    rule.step(new[l], prepare.apply(g[l]), from_fn(|w| past[w][l]), from_fn(|k| state[k][l]));
+                new[l] = value;
+                for k in 0..N {
+                    state[k][l] = values[k];
+                }
             }
-        }
-        T::store(p, &mut self.p[i..i + L]);
-        for n in 0..N {
-            T::store(slots[n], &mut self.slots[n][i..i + L]);
-        }
-    }
-
-    /// The few parameters after the groups, or all at a compact level. Not inlined: one small copy serves every level.
-    #[inline(never)]
-    fn rest(&mut self, from: usize) {
-        for i in from..self.p.len() {
-            // A place that the compiler cannot foresee: it would unroll the loop and compile it for overlapping slices.
-            self.group::<1>(black_box(i));
+            p[i] = new;
+            for k in 0..N {
+                slots[k][i] = state[k];
+            }
         }
     }
 }
 
 impl<T: Real, R: Rule<T, W, N>, const W: usize, const N: usize> Kernel for Update<'_, T, R, W, N> {
     type Out = ();
+
+    // Twice as many roots and quotients at a time. Without state or with windows, memory is what takes the time.
+    const TOP: Level = if size_of::<T>() == 4 && W == 0 && N > 0 { Level::Avx512 } else { Level::Avx2 };
 
     fn bytes(&self) -> usize {
         size_of_val(self.p)
@@ -136,13 +176,8 @@ impl<T: Real, R: Rule<T, W, N>, const W: usize, const N: usize> Kernel for Updat
     }
 
     #[inline(always)]
-    fn run(mut self, level: Level) {
-        let mut i = 0;
-        while i + LANES <= self.p.len() && !level.compact() {
-            self.group::<LANES>(i);
-            i += LANES;
-        }
-        self.rest(i);
+    fn run(self, level: Level) {
+        if level.compact() { self.groups::<4>() } else { self.groups::<LANES>() }
     }
 
     fn merge(_: (), _: ()) {}
