@@ -66,7 +66,7 @@ pub struct Fill<'a, S: Storage, V> {
 impl<'a, S: Storage, V: Variate> Fill<'a, S, V> {
     /// Fills all of `out`.
     pub fn new(out: &'a mut [S], variate: V, seed: u64, stream: u32, shift: f64, scale: f64) -> Self {
-        let past = Stores::joined(out, GROUP) != Stores::Cached;
+        let past = Stores::joined(out, GROUP, 0) != Stores::Cached;
         let (shift, scale) = (S::Real::from_f64(shift), S::Real::from_f64(scale));
         Self { out, variate, seed, stream, attempt: 0, first: 0, shift, scale, past }
     }

@@ -286,18 +286,19 @@ impl Stores {
         started && width.is_multiple_of(LANES)
     }
 
-    /// For an output that is written in runs of `run` elements of which few follow each other in memory: whole lines, but
-    /// for runs of whole groups that end in the middle of one, where the beginning of each would take longer.
-    pub fn apart<S>(y: &[S], run: usize) -> Self {
-        Self::of(y.as_ptr().addr(), size_of_val(y), run, size_of::<S>(), false)
+    /// For an output that is written in runs of `run` elements of which few follow each other in memory, while `reads` arrays
+    /// like it are read: whole lines, but for runs of whole groups that end in the middle of one, where the beginning of
+    /// each would take longer.
+    pub fn apart<S>(y: &[S], run: usize, reads: usize) -> Self {
+        Self::of(y.as_ptr().addr(), size_of_val(y) * (1 + reads), run, size_of::<S>(), false)
     }
 
     /// For an output whose runs follow each other in memory: each completes the line that the last one began.
-    pub fn joined<S>(y: &[S], run: usize) -> Self {
-        Self::of(y.as_ptr().addr(), size_of_val(y), run, size_of::<S>(), true)
+    pub fn joined<S>(y: &[S], run: usize, reads: usize) -> Self {
+        Self::of(y.as_ptr().addr(), size_of_val(y) * (1 + reads), run, size_of::<S>(), true)
     }
 
-    /// For `bytes` of memory from `place` on, in runs of `run` elements of `size` bytes.
+    /// For memory from `place` on, in runs of `run` elements of `size` bytes, by a call that touches `bytes`.
     #[inline(never)]
     fn of(place: usize, bytes: usize, run: usize, size: usize, joined: bool) -> Self {
         // Whether every group of every run can be streamed.

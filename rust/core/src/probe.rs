@@ -17,7 +17,7 @@ impl<'a> Copy<'a> {
     /// Checks the lengths.
     pub fn new(from: &'a [f32], to: &'a mut [f32]) -> Result<Self, Error> {
         length("to", to, from.len())?;
-        let stores = Stores::joined(to, LANES);
+        let stores = Stores::joined(to, LANES, 1);
         Ok(Self { from, to, stores })
     }
 }

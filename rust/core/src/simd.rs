@@ -120,9 +120,9 @@ fn avx512<K: Kernel>(kernel: K) -> K::Out {
     kernel.run(Level::Avx512)
 }
 
-/// Outputs of this many bytes and more go past the caches: they would not stay there anyway, and an ordinary store
-/// reads its line first.
-pub const STREAM_BYTES: usize = 16 << 20;
+/// Outputs of calls that touch this many bytes and more go past the caches: they would not stay there anyway, and an
+/// ordinary store reads its line first.
+pub const STREAM_BYTES: usize = 24 << 20;
 
 /// Streaming stores need this alignment.
 pub const STREAM_ALIGN: usize = 16;

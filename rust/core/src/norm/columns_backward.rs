@@ -145,7 +145,7 @@ pub(super) fn apply<S: Storage>(
     let scale = scale(&affine);
     let vectors = [affine.hi, affine.lo, &scale, affine.beta, mean_dy, slope].map(|v| repeat(v, times));
     let vectors = from_fn(|k| &*vectors[k]);
-    let stores = Stores::joined(dx, shape.channels * times);
+    let stores = Stores::joined(dx, shape.channels * times, 2);
     launch(Apply { dy, x, residual, weights, relu, vectors, stores, dx, dresidual });
 }
 

@@ -38,7 +38,7 @@ pub(super) fn apply<S: Storage>(
     relu: bool,
     y: &mut [S],
 ) {
-    let stores = Stores::joined(y, shape.channels * fold(shape.channels, ROW.min(shape.len())));
+    let stores = Stores::joined(y, shape.channels * fold(shape.channels, ROW.min(shape.len())), 1);
     apply_by(x, shape, affine, residual, relu, y, stores, false);
 }
 

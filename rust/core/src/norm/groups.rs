@@ -120,10 +120,10 @@ impl Grouped {
         Cow::Owned(small::spread(v, self.inner))
     }
 
-    /// How an output is written.
-    pub(super) fn stores<S: Storage>(&self, y: &[S]) -> Stores {
+    /// How an output is written while `reads` arrays like it are read.
+    pub(super) fn stores<S: Storage>(&self, y: &[S], reads: usize) -> Stores {
         let row = || self.channels * columns::fold(self.channels, columns_write::ROW.min(y.len() / self.samples));
-        Stores::joined(y, if self.last { row() } else { self.run() })
+        Stores::joined(y, if self.last { row() } else { self.run() }, reads)
     }
 }
 
@@ -189,7 +189,8 @@ pub fn forward<S: Storage>(
         m2.fill(0.0);
         return Ok(());
     }
-    let (gamma, beta, stores) = (&*shape.spread(gamma), &*shape.spread(beta), shape.stores(y));
+    let reads = if shape.last { 1 } else { 2 }; // runs are looked at twice
+    let (gamma, beta, stores) = (&*shape.spread(gamma), &*shape.spread(beta), shape.stores(y, reads));
     let alone = shape.alone(size_of::<S>());
     start(!alone, Forward { x, shape, eps, gamma, beta, first: 0, stores, alone, mean, m2, y });
     Ok(())

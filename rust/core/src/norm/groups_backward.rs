@@ -63,7 +63,7 @@ pub fn backward<S: Storage>(reads: Reads<'_, S>, shape: Grouped, dx: &mut [S]) -
     if shape.is_empty() {
         return Ok(Sums::zero(0, shape.channels()));
     }
-    let (stores, alone, gamma) = (shape.stores(dx), shape.alone(2 * size_of::<S>()), shape.spread(reads.gamma));
+    let (stores, alone, gamma) = (shape.stores(dx, 2), shape.alone(2 * size_of::<S>()), shape.spread(reads.gamma));
     let reads = Reads { gamma: &gamma, ..reads };
     if shape.by_place() {
         return Ok(small::sums(&launch(Places { reads, shape, stores, dx }), gamma.len() / shape.channels()));

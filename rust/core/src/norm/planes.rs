@@ -233,7 +233,7 @@ impl<'a, S: Storage> Train<'a, S> {
         out: Statistics<'a, S::Real>,
         y: &'a mut [S],
     ) -> Self {
-        let stores = Stores::apart(y, data.shape.inner);
+        let stores = Stores::apart(y, data.shape.inner, 2); // x is looked at twice
         let y = Samples::new(y, data.shape);
         Self { stats: Stats::new(data), rule, gamma, beta, residual, floor: floor(relu), stores, out, y }
     }

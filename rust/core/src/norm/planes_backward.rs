@@ -210,7 +210,7 @@ pub(super) fn apply<S: Storage>(
     dx: &mut [S],
     dresidual: Option<&mut [S]>,
 ) {
-    let stores = Stores::joined(dx, up.data.shape.inner);
+    let stores = Stores::joined(dx, up.data.shape.inner, 2);
     if up.data.weights.is_some() {
         launch(Apply::<S, true> { up, mean_dy, slope, start: 0, stores, dx, dresidual });
     } else {
@@ -321,7 +321,7 @@ impl<'a, S: Storage> Backward<'a, S> {
     /// See [`super::backward`], which checks the lengths.
     pub(super) fn new(up: Upstream<'a, S>, count: f64, dx: &'a mut [S], dresidual: Option<&'a mut [S]>) -> Self {
         let shape = up.data.shape;
-        let stores = Stores::apart(dx, shape.inner);
+        let stores = Stores::apart(dx, shape.inner, 2);
         let dresidual = dresidual.map(|d| Samples::new(d, shape));
         Self { reduce: Reduce::new(up), count, stores, dx: Samples::new(dx, shape), dresidual }
     }

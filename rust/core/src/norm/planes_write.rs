@@ -50,7 +50,7 @@ pub(super) fn apply<S: Storage>(
     relu: bool,
     y: &mut [S],
 ) {
-    let stores = Stores::joined(y, shape.inner);
+    let stores = Stores::joined(y, shape.inner, 1);
     launch(Apply { walk: Walk { x, residual, y }, affine, floor: floor(relu), shape, start: 0, stores });
 }
 

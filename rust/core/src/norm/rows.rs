@@ -78,7 +78,7 @@ impl<'a, S: Storage> Forward<'a, S> {
             length("hi", mean[0], rstd.len())?;
             length("lo", mean[1], rstd.len())?;
         }
-        let stores = Stores::joined(y, gamma.len());
+        let stores = Stores::joined(y, gamma.len(), 1);
         Ok(Self { x, residual, gamma, beta, eps, mean, rstd, stores, y })
     }
 }

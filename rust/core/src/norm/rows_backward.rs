@@ -50,7 +50,7 @@ impl<'a, S: Storage> Backward<'a, S> {
         if let Some(dsum) = dsum {
             length("dsum", dsum, x.len())?;
         }
-        let stores = Stores::joined(dx, gamma.len());
+        let stores = Stores::joined(dx, gamma.len(), 2);
         Ok(Self { dy, x, gamma, mean, rstd, dsum, stores, dx })
     }
 
