@@ -67,7 +67,8 @@ def array(argument: str, value: Any) -> Any:
     """Returns `value`, which must be an array of some library."""
     if value is None:
         fail(argument, "an array", "None")
-    backend_of(value, names=(argument,))
+    if type(value) is not np.ndarray:
+        backend_of(value, names=(argument,))
     return value
 
 

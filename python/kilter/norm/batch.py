@@ -16,7 +16,7 @@ from kilter._check import fail
 __all__ = ["BatchNormCache", "BatchNormGrads", "batch_norm", "batch_norm_backward"]
 
 
-_INPUTS = ("x", "gamma", "beta", "residual", "weights", "out")
+_INPUTS = ("x", "gamma", "beta", "residual", "weights", "out", "running", "running")
 
 
 class BatchNormCache(NamedTuple):
@@ -116,7 +116,12 @@ def batch_norm(
     References:
         Ioffe, Szegedy 2015, arXiv:1502.03167.
     """
-    backend = backend_of(x, gamma, beta, residual, weights, out, names=_INPUTS)
+    found: tuple[Any, ...] = ()
+    if running is not None:
+        if not isinstance(running, stats.RunningStats):
+            fail("running", "a RunningStats", type(running).__name__)
+        found = running.mean, running.var
+    backend = backend_of(x, gamma, beta, residual, weights, out, *found, names=_INPUTS)
     _check.array("x", x)
     xp, ops = backend
     call = open_call(backend, x, axis, out)
@@ -130,18 +135,13 @@ def batch_norm(
     r = call.like("residual", residual)
     w = position_weights(call, weights)
     _check.communicator(comm)
-    if running is not None:
-        if not isinstance(running, stats.RunningStats):
-            fail("running", "a RunningStats", type(running).__name__)
-        found = running.mean, running.var
-        backend_of(*found, x, names=("running", "running", "x"))
-        for array in found:
-            if array is None:
-                fail("running", "arrays", "None")
-            if array.shape != (channels,) or array.dtype != real:
-                fail("running", f"{real} statistics of {channels} features", f"{array.dtype} of shape {array.shape}")
-            if not _check.ready(array):
-                fail("running", "contiguous arrays", f"strides {array.strides}")
+    for array in found:
+        if array is None:
+            fail("running", "arrays", "None")
+        if array.shape != (channels,) or array.dtype != real:
+            fail("running", f"{real} statistics of {channels} features", f"{array.dtype} of shape {array.shape}")
+        if not _check.ready(array):
+            fail("running", "contiguous arrays", f"strides {array.strides}")
     y, data, overwritten = call.output(out), call.x, False
     if out is not None:
         overwritten = _check.same_memory(xp, "out", y, call.x)
@@ -152,7 +152,7 @@ def batch_norm(
             r = r.copy()
             overwritten = overwritten or relu
         if comm is not None or backend is not NUMPY:  # the core's fused forms look themselves
-            _check.apart(xp, y, g, b, w, *(() if running is None else (running.mean, running.var)))
+            _check.apart(xp, y, g, b, w, *found)
     saved = xp.empty((3, channels), real)
     hi, lo, rstd = saved
     if training:
@@ -271,6 +271,7 @@ def batch_norm_backward(dy: Any, cache: BatchNormCache, *, out: Any = None, out_
     xp, ops = backend
     call = open_call(backend, cache.x, cache.axis, out)
     channels, real, relu = call.channels, call.real, cache.relu
+    fused = cache.training and cache.comm is None
     if out_residual is not None and (cache.residual is None or not relu):
         fail("out_residual", "None without a residual and an activation", "an array")
     upstream = call.like("dy", dy)
@@ -278,7 +279,8 @@ def batch_norm_backward(dy: Any, cache: BatchNormCache, *, out: Any = None, out_
     if out is not None:
         if _check.same_memory(xp, "out", dx, upstream):
             upstream = upstream.copy()
-        _check.apart(xp, dx, call.x, cache.residual, cache.weights, cache.gamma, cache.beta)
+        rest = (call.x, cache.weights, cache.gamma, cache.beta)  # at these the core's fused form looks itself
+        _check.apart(xp, dx, cache.residual, *(() if fused and backend is NUMPY else rest))
     g = _check.vector(xp, "gamma", cache.gamma, channels, real, cache.x.dtype)
     b = _check.vector(xp, "beta", cache.beta, channels, real, cache.x.dtype)
     r = call.like("residual", cache.residual) if relu else None
@@ -290,8 +292,8 @@ def batch_norm_backward(dy: Any, cache: BatchNormCache, *, out: Any = None, out_
     sums = xp.empty((2, channels))
     sum_dy, sum_dy_xhat = sums
     how = (cache.hi, cache.lo, cache.rstd, g, b, r, relu)
-    count = xp.reshape(cache.moments.count, 1)
-    if cache.training and cache.comm is None:
+    count = cache.moments.count.reshape(1)
+    if fused:
         w = cache.weights
         ops.bn_backward(upstream, call.x, call.axis, w, count, *how, sum_dy, sum_dy_xhat, dx, dresidual)
     else:
