@@ -203,8 +203,8 @@ fn halves<T: Real>(stored: Vec<Stored<'_, T>>, at: usize) -> (Vec<Stored<'_, T>>
 impl<T: Real> Kernel for Step<'_, T> {
     type Out = ();
 
-    // For what it widens and rounds; rules have their own.
-    const TOP: Level = if size_of::<T>() == 4 { Level::Avx512 } else { Level::Avx2 };
+    // For what it widens and rounds, and as far as rules go; these have levels of their own.
+    const TOP: Level = Level::Avx512;
 
     fn bytes(&self) -> usize {
         self.len * self.width

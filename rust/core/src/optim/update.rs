@@ -165,7 +165,7 @@ impl<T: Real, R: Rule<T, W, N>, const W: usize, const N: usize> Kernel for Updat
     type Out = ();
 
     // Twice as many roots and quotients at a time. Without state or with windows, memory is what takes the time.
-    const TOP: Level = if size_of::<T>() == 4 && W == 0 && N > 0 { Level::Avx512 } else { Level::Avx2 };
+    const TOP: Level = if W == 0 && N > 0 { Level::Avx512 } else { Level::Avx2 };
 
     fn bytes(&self) -> usize {
         size_of_val(self.p)
