@@ -45,6 +45,8 @@ pub fn map_add<S: Storage, const N: usize, const K: usize, const M: usize, const
         return fours_apart(x, v, y, sums, f);
     }
     let (mut at, mut apart) = (0, false);
+    // Two groups of 16-bit elements make a line. With sums beside them they do not fit in registers.
+    let pairs = size_of::<S>() < 4 && B == 0;
     if let Stores::Streamed { from } = stores {
         // With ordinary stores up to there; an output out of step with the first uses them throughout.
         let offset = y[0].as_ptr().align_offset(from);
@@ -53,8 +55,6 @@ pub fn map_add<S: Storage, const N: usize, const K: usize, const M: usize, const
             let (y, sums) = (y.each_mut().map(|y| &mut y[..at]), sums.each_mut().map(|sums| &mut sums[..at]));
             few(x.map(|x| &x[..at]), v.map(|v| &v[..at]), y, sums, f);
         }
-        // Two groups of 16-bit elements make a line. With sums beside them they do not fit in registers.
-        let pairs = size_of::<S>() < 4 && B == 0;
         let step = if pairs { 2 * LANES } else { LANES };
         let to = at + (n - at) / step * step;
         let (x, v) = (x.map(|x| &x[at..to]), v.map(|v| &v[at..to]));
@@ -65,6 +65,12 @@ pub fn map_add<S: Storage, const N: usize, const K: usize, const M: usize, const
             groups::<S, N, K, M, B, LANES, A>(level, true, x, v, y, sums, ahead, f);
         }
         (at, apart) = (to, pairs && n - to >= LANES);
+    } else if pairs && N == 1 {
+        // With more inputs it is no faster in a cache.
+        at = n / (2 * LANES) * (2 * LANES);
+        let (y, sums) = (y.each_mut().map(|y| &mut y[..at]), sums.each_mut().map(|sums| &mut sums[..at]));
+        let (x, v) = (x.map(|x| &x[..at]), v.map(|v| &v[..at]));
+        groups::<S, N, K, M, B, { 2 * LANES }, 0>(level, false, x, v, y, sums, [], f);
     }
     let to = at + (n - at) / LANES * LANES;
     if at < to {
