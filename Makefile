@@ -43,7 +43,7 @@ mutants:  # faults planted in CUDA kernels, one at a time: hours; FILES="fill.cu
 
 WHEELS ?= target/wheels
 
-wheel:  # for every Linux of the last ten years; needs maturin[zig] and zopfli
+wheel:  # for every Linux of the last ten years; needs maturin[zig], zopfli and binutils
 	maturin build --quiet --release --zig --compatibility manylinux2014 --compression-level 9 --out $(WHEELS) \
 		-- -Clinker=$(CURDIR)/.ci/dense-cc
 	$(PYTHON) .ci/repack.py $(WHEELS)/*.whl
