@@ -148,11 +148,14 @@ def batch_norm(
         if overwritten:
             data = call.x.copy()
         overwritten = overwritten or _check.over_original(xp, y, x, call.x)
-        if r is not None and _check.same_memory(xp, "out", y, r):
-            r = r.copy()
-            overwritten = overwritten or relu
-        if comm is not None or backend is not NUMPY:  # the core's fused forms look themselves
-            _check.apart(xp, y, g, b, w, *found)
+        if r is not None:
+            over = _check.over_original(xp, y, residual, r)
+            if _check.same_memory(xp, "out", y, r):
+                r, over = r.copy(), True
+            overwritten = overwritten or (over and relu)
+        # The core's fused forms look themselves, at what they get: not at vectors that were converted.
+        if comm is not None or backend is not NUMPY or g is not gamma or b is not beta or w is not weights:
+            _check.apart(xp, y, gamma, beta, weights, *found)
     saved = xp.empty((3, channels), real)
     hi, lo, rstd = saved
     if training:
@@ -274,15 +277,16 @@ def batch_norm_backward(dy: Any, cache: BatchNormCache, *, out: Any = None, out_
     fused = cache.training and cache.comm is None
     if out_residual is not None and (cache.residual is None or not relu):
         fail("out_residual", "None without a residual and an activation", "an array")
+    g = _check.vector(xp, "gamma", cache.gamma, channels, real, cache.x.dtype)
+    b = _check.vector(xp, "beta", cache.beta, channels, real, cache.x.dtype)
     upstream = call.like("dy", dy)
     dx = call.output(out)
     if out is not None:
         if _check.same_memory(xp, "out", dx, upstream):
             upstream = upstream.copy()
-        rest = (call.x, cache.weights, cache.gamma, cache.beta)  # at these the core's fused form looks itself
-        _check.apart(xp, dx, cache.residual, *(() if fused and backend is NUMPY else rest))
-    g = _check.vector(xp, "gamma", cache.gamma, channels, real, cache.x.dtype)
-    b = _check.vector(xp, "beta", cache.beta, channels, real, cache.x.dtype)
+        _check.apart(xp, dx, cache.residual)
+        if not fused or backend is not NUMPY or g is not cache.gamma or b is not cache.beta:  # as in `batch_norm`
+            _check.apart(xp, dx, call.x, cache.weights, cache.gamma, cache.beta)
     r = call.like("residual", cache.residual) if relu else None
     dresidual = None if r is None else call.output(out_residual, "out_residual")
     if out_residual is not None:
