@@ -307,3 +307,32 @@ def test_out_over_the_original_of_a_copy(rng, op):
     assert same_bits(y, wanted)
     with refused("overwrote"):
         backward(np.ones_like(out), cache)
+
+
+@pytest.mark.parametrize("step", [1, 2], ids=["in place", "spread out"])
+@pytest.mark.parametrize("name", ["gamma", "beta", "weights"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_out_may_not_lie_over_a_vector_that_is_converted(dtype, name, step):
+    """Kernels get a copy of vectors in another layout or of 16 bits, and do not see where those of the caller lie."""
+    memory, x = np.arange(6 * 5 * 7).astype(dtype), np.ones((6, 5, 7), dtype)
+    vector = memory.view(np.uint8)[: 6 * step : step] if name == "weights" else memory[: 5 * step : step]
+    given, out, running = {name: vector}, memory.reshape(x.shape), RunningStats(5, dtype=arithmetic(dtype))
+    with refused("out|gamma|beta", memory, running):
+        batch_norm(x, **given, running=running, out=out)
+    with refused("out|gamma|beta", memory, running):
+        batch_norm(x, **given, running=running, training=False, out=out)
+    if name != "weights":  # the backward pass keeps its own copy of those
+        _, cache = batch_norm(x, **given)
+        with refused("out|gamma|beta", memory):
+            batch_norm_backward(x, cache, out=out)
+
+
+def test_out_over_a_residual_of_another_layout_ends_with_the_forward_pass(rng):
+    """The kernel reads a copy; the ReLU's mask, which is computed again, would need what is gone."""
+    x, memory = rng.normal(size=(6, 5, 7)), rng.normal(size=(6, 5, 7, 2))
+    residual, out = memory[..., 0], memory.ravel()[: x.size].reshape(x.shape)
+    want, _ = batch_norm(x, residual=residual.copy(), activation="relu")
+    y, cache = batch_norm(x, residual=residual, activation="relu", out=out)
+    assert same_bits(y, want)
+    with refused("cache"):
+        batch_norm_backward(x, cache)
