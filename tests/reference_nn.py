@@ -54,3 +54,19 @@ def avg_pool2d(x, kernel, stride, padding):
 def gelu(x):
     """x times the share of the normal distribution below x."""
     return np.array([v * 0.5 * math.erfc(-v / math.sqrt(2)) for v in np.asarray(x, np.float64).flat]).reshape(x.shape)
+
+
+def softmax_cross_entropy(logits, q, weights=None):
+    """The weighted mean of log sum_k exp z_k - sum_k q_k z_k over the samples, and its gradient."""
+    z = np.asarray(logits, np.float64)
+    z = z - z.max(1, keepdims=True)
+    total = np.exp(z).sum(1, keepdims=True)
+    w = np.full(len(z), 1 / len(z)) if weights is None else np.asarray(weights, np.float64) / np.sum(weights)
+    loss = (w * (np.log(total)[:, 0] - (q * z).sum(1))).sum()
+    return loss, w[:, None] * (np.exp(z) / total - q)
+
+
+def smoothed(labels, classes, eps, others):
+    """Soft targets of labels: eps is spread over all classes ("uniform") or over the others ("rest")."""
+    hot = np.eye(classes)[labels]
+    return (1 - eps) * hot + (eps / classes if others == "uniform" else eps * (1 - hot) / (classes - 1))

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import kilter
+import reference_nn as reference
 from kilter import nn
 
 F64 = np.float64
@@ -114,18 +115,72 @@ def test_elementwise_losses(loss):
     assert nn.mse(np.array([1.0, 3.0]), np.array([0.0, 1.0]))[0] == 2.5
 
 
+# Whole blocks of rows and not, rows longer than a block, groups of exponentials and what is left.
+SHAPES = [(1, 1), (1, 2), (3, 7), (128, 10), (513, 10), (5, 512), (3, 1031), (2000, 3)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("targets", ["labels", "soft"])
-def test_cross_entropy_on_every_backend(backend, dtype, targets):
-    z, y = randn(6, 4).astype(dtype), np.array([0, 1, 2, 3, 0, 1])
+@pytest.mark.parametrize("targets", ["labels", "soft", "uniform", "rest"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weighted"])
+def test_cross_entropy_follows_the_reference(backend, dtype, targets, shape, weighted):
+    (samples, classes), rng = shape, np.random.default_rng(5)
+    if targets == "rest" and classes == 1:
+        pytest.skip("there is no rest")
+    z, labels = randn(*shape, dtype=F64).astype(dtype), rng.integers(0, classes, samples)
+    y, q, options = labels, np.eye(classes)[labels], {}
     if targets == "soft":
-        y = np.eye(4, dtype=np.float32)[y] * np.float32(0.5) + np.float32(0.125)
-    w = np.array([1.0, 2, 0, 1, 1, 3])
-    options = {"label_smoothing": 0.1, "smooth_others": "rest"}
-    loss, dz = nn.softmax_cross_entropy(*map(backend.array, (z, y)), weights=backend.array(w), **options)
-    want, dwant = nn.softmax_cross_entropy(z, y, weights=w, **options)
-    assert isinstance(loss, float) and loss == pytest.approx(want, rel=1e-6)
-    np.testing.assert_array_equal(backend.numpy(dz), dwant)
+        y = q = rng.dirichlet(np.ones(classes), samples).astype(np.float32)
+    elif targets != "labels":
+        q, options = (
+            reference.smoothed(labels, classes, 0.1, targets),
+            {"label_smoothing": 0.1, "smooth_others": targets},
+        )
+    w = rng.integers(0, 4, samples) + (np.arange(samples) == 0) if weighted else None
+    want, dwant = reference.softmax_cross_entropy(z, q, w)
+    loss, dz = nn.softmax_cross_entropy(
+        backend.array(z), backend.array(y), weights=None if w is None else backend.array(w), **options
+    )
+    # On the host arithmetic is in float64, and only the gradient is rounded.
+    host = isinstance(dz, np.ndarray) and type(dz) is np.ndarray
+    eps = float(ml_dtypes.finfo(np.float32 if dtype.itemsize < 8 else F64).eps)
+    assert isinstance(loss, float) and dz.dtype == dtype and dz.shape == shape
+    assert loss == pytest.approx(want, rel=1e-14 if host else 40 * eps, abs=1e-14 if host else 10 * eps)
+    unit = float(ml_dtypes.finfo(dtype).eps) / 2
+    tiny = float(ml_dtypes.finfo(dtype).smallest_subnormal)
+    scale = 1 / samples if w is None else w.max() / w.sum()
+    # p - q cancels: what is lost counts in units of p, which is at most 1.
+    lost = 8 * F64(np.finfo(F64).eps if host else eps) * scale
+    np.testing.assert_allclose(backend.numpy(dz).astype(F64), dwant, rtol=1.01 * unit, atol=lost + tiny)
+
+
+@pytest.mark.parametrize("kind", ["int8", "uint8", "int32", "uint64", ">i4"])
+def test_labels_of_every_integer_type_and_any_layout(kind):
+    z, y = randn(6, 4, dtype=np.float32), np.array([0, 1, 2, 3, 0, 1])
+    want = nn.softmax_cross_entropy(z, y)
+    apart = np.zeros((6, 2), kind)
+    apart[:, 0] = y
+    for logits in (z, np.asfortranarray(z), np.repeat(z, 2, axis=1)[:, ::2], z.astype(">f4")):
+        loss, dz = nn.softmax_cross_entropy(logits, apart[:, 0])
+        assert loss == want[0]
+        np.testing.assert_array_equal(dz, want[1])
+        assert dz.flags.c_contiguous and not np.shares_memory(dz, logits)
+
+
+def test_a_label_far_outside_is_refused():
+    for label in (2**63 - 1, -(2**63), np.uint64(2**64 - 1)):
+        with pytest.raises(kilter.KilterError, match=r"targets: expected labels in \[0, 4\), got"):
+            nn.softmax_cross_entropy(X, np.array([0, label], np.uint64 if label > 2**63 else np.int64))
+
+
+def test_a_sample_has_the_gradient_that_it_has_alone():
+    """Bit for bit, whatever block or thread it falls to."""
+    z, y = randn(9000, 10, dtype=np.float32), np.arange(9000) % 10
+    for at in (0, 50, 51, 4500, 8999):
+        among = nn.softmax_cross_entropy(z, y, weights=(np.arange(9000) == at).astype(F64))
+        alone = nn.softmax_cross_entropy(z[at : at + 1], y[at : at + 1])
+        assert among[0] == alone[0]
+        np.testing.assert_array_equal(among[1][at], alone[1][0])
 
 
 @pytest.mark.parametrize("loss", [nn.bce_with_logits, nn.mse])

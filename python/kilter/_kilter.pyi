@@ -39,6 +39,7 @@ __all__ = [
     "probe_copy",
     "probe_update",
     "simd_level",
+    "softmax_cross_entropy",
     "step",
 ]
 
@@ -276,6 +277,18 @@ def step(
 
 def grad_scan(names: Sequence[str], grads: Sequence[_Array], out: _Array) -> None:
     """Fills out with the sum of the squares of all gradients, and 1 or 0 for whether all are finite."""
+
+def softmax_cross_entropy(
+    logits: _Array,
+    labels: _Array | None,
+    soft: _Array | None,
+    weights: _Array | None,
+    h: _Array,
+    loss: _Array,
+    dlogits: _Array,
+) -> None:
+    """Fills loss (1,) and dlogits (N, K) from float64 or float32 logits and either labels (N,), float64, or soft
+    targets (N, K); h = (on, off), the smoothing; weights (N,), float64, are 1 / N where they are missing."""
 
 def philox(out: _Array, seed: int, stream: int, attempt: int = 0) -> None:
     """Fills a uint32 array with Philox4x32-10 words."""

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from kilter import _check
+from kilter import _check, _kilter
 from kilter._backend import backend_of
 from kilter._check import KilterError, arithmetic
+from kilter.nn.linear import rounded
 from kilter.nn.module import Array, expect
 
 
@@ -54,38 +55,65 @@ def softmax_cross_entropy(
     Szegedy et al., 2016, arXiv:1512.00567 (label smoothing, uniform).
     """
     expect(logits, ("N", "K"), None, "logits")
-    xp = backend_of(logits, targets, weights, names=("logits", "targets", "weights")).xp
+    xp, _ = backend_of(logits, targets, weights, names=("logits", "targets", "weights"))
     samples, classes = logits.shape
     if not samples or not classes:
         raise KilterError(f"logits: expected at least one sample and one class, got shape {logits.shape}")
     real = arithmetic("logits", logits.dtype)
     on, off = _smoothing(label_smoothing, smooth_others, classes)
-    scale = _scale(weights, samples, real)
     soft = getattr(targets, "ndim", 0) == 2
-    q = _soft(xp, targets, logits.shape, real) if soft else _flat_index(xp, targets, samples, classes)
-    with np.errstate(invalid="ignore"):  # inf and NaN travel into the loss, where the caller sees them
-        z = xp.array(logits.T, dtype=real, order="C")  # classes first: every reduction runs over whole rows
-        z -= z.max(axis=0)
-        p = xp.exp(z)
-        total = p.sum(axis=0)
-        p /= total
-        per_sample = xp.log(total)
-        if soft:
-            if off:
-                q *= on - off
-                q += off
-            per_sample -= xp.einsum("kn,kn->n", q, z)
-            p -= q
-        else:
-            per_sample -= (on - off) * z.ravel().take(q)
-            if off:
-                per_sample -= off * z.sum(axis=0)
-                p -= off
-            p.ravel()[q] -= on - off
-        per_sample *= scale
-        loss = float(per_sample.sum(dtype=np.float64))
-        p *= scale
-        return loss, p.T.astype(logits.dtype, order="C")
+    expect(targets, logits.shape if soft else (samples,), None, "targets")
+    if soft:
+        arithmetic("targets", targets.dtype)
+    elif targets.dtype.kind not in "iu":
+        raise KilterError(f"targets: expected integers or soft targets ({samples}, {classes}), got {targets.dtype}")
+    w = _weights(weights, samples)
+    work = _on_host if xp is np else _on_device
+    return work(logits, targets, real, on, off, w)
+
+
+def _on_host(
+    logits: Array, targets: Array, real: np.dtype[Any], on: float, off: float, w: Array | None
+) -> tuple[float, Array]:
+    z = np.ascontiguousarray(logits, real)
+    dz, loss, h = np.empty_like(z), np.empty(1), np.array((on, off))
+    if targets.ndim == 2:
+        _kilter.softmax_cross_entropy(z, None, np.ascontiguousarray(targets, real), w, h, loss, dz)
+    else:
+        # Every label that may be is exact in float64, and none that may not comes near one.
+        _kilter.softmax_cross_entropy(z, targets.astype(np.float64), None, w, h, loss, dz)
+    return float(loss[0]), dz if dz.dtype == logits.dtype else rounded(dz, np.empty_like(dz, logits.dtype))
+
+
+def _on_device(
+    logits: Array, targets: Array, real: np.dtype[Any], on: float, off: float, w: Array | None
+) -> tuple[float, Array]:
+    xp, (samples, classes) = backend_of(logits).xp, logits.shape
+    soft = targets.ndim == 2
+    q = _soft(xp, targets, real) if soft else _flat_index(xp, targets, samples, classes)
+    scale = real.type(1 / samples) if w is None else w.astype(real)
+    z = xp.array(logits.T, dtype=real, order="C")  # classes first: every reduction runs over whole rows
+    z -= z.max(axis=0)
+    p = xp.exp(z)
+    total = p.sum(axis=0)
+    p /= total
+    per_sample = xp.log(total)
+    if soft:
+        if off:
+            q *= on - off
+            q += off
+        per_sample -= xp.einsum("kn,kn->n", q, z)
+        p -= q
+    else:
+        per_sample -= (on - off) * z.ravel().take(q)
+        if off:
+            per_sample -= off * z.sum(axis=0)
+            p -= off
+        p.ravel()[q] -= on - off
+    per_sample *= scale
+    loss = float(per_sample.sum(dtype=np.float64))
+    p *= scale
+    return loss, p.T.astype(logits.dtype, order="C")
 
 
 def bce_with_logits(logits: Array, targets: Array) -> tuple[float, Array]:
@@ -148,23 +176,20 @@ def _smoothing(eps: float, others: str, classes: int) -> tuple[float, float]:
     return 1 - eps, eps / (classes - 1)
 
 
-def _scale(weights: Array | None, samples: int, real: np.dtype[Any]) -> Any:
-    """1 / N, or the weights divided by their sum."""
+def _weights(weights: Array | None, samples: int) -> Array | None:
+    """The weights in float64, divided by their sum."""
     if weights is None:
-        return real.type(1 / samples)
+        return None
     expect(weights, (samples,), None, "weights")
     wide = weights.astype(np.float64)
     total = wide.sum()
     if not (total > 0 and wide.min() >= 0):
         raise KilterError("weights: expected numbers of at least 0 with a positive sum")
-    return (wide / total).astype(real)
+    return wide / total
 
 
 def _flat_index(xp: Any, targets: Array, samples: int, classes: int) -> Array:
     """Where each sample's class lies in the flattened (K, N) logits."""
-    expect(targets, (samples,), None, "targets")
-    if targets.dtype.kind not in "iu":
-        raise KilterError(f"targets: expected integers or soft targets ({samples}, {classes}), got {targets.dtype}")
     at: Array = targets.astype(np.intp)
     if at.view(np.uintp).max() >= classes:  # negative labels are large there
         wrong = targets[(targets < 0) | (targets >= classes)]
@@ -174,10 +199,8 @@ def _flat_index(xp: Any, targets: Array, samples: int, classes: int) -> Array:
     return at
 
 
-def _soft(xp: Any, targets: Array, shape: tuple[int, ...], real: np.dtype[Any]) -> Array:
+def _soft(xp: Any, targets: Array, real: np.dtype[Any]) -> Array:
     """Soft targets as a new array (K, N)."""
-    expect(targets, shape, None, "targets")
-    arithmetic("targets", targets.dtype)
     q: Array = xp.array(targets.T, dtype=real, order="C")
     # wide enough for rows rounded to bfloat16
     if not ((abs(q.sum(axis=0) - 1) < 2e-2).all() and q.min() >= 0):

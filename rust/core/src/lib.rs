@@ -15,6 +15,7 @@
 //! * [`ema`]: exponential moving averages.
 //! * [`optim`]: one Step kernel that carries every update rule over many tensors.
 //! * [`rng`], [`init`]: Philox4x32-10 and the fills made from it.
+//! * [`exp`], [`loss`]: the exponential and the logarithm; softmax with cross-entropy.
 //! * [`probe`]: the yardsticks: how fast this machine moves the same bytes with no arithmetic.
 //!
 //! A kernel is a struct that borrows its slices. Its `new` checks every length, so one that exists is valid:
@@ -32,9 +33,11 @@
 
 pub mod ema;
 pub mod error;
+pub mod exp;
 pub mod init;
 pub mod kernel;
 pub mod lanes;
+pub mod loss;
 pub mod moments;
 pub mod norm;
 pub mod optim;

@@ -7,6 +7,7 @@ mod array;
 mod gate;
 mod groups;
 mod init;
+mod loss;
 mod norm;
 mod norm_backward;
 mod optim;
@@ -51,5 +52,6 @@ fn _kilter(m: &Bound<'_, PyModule>) -> PyResult<()> {
     stats::register(m)?;
     optim::register(m)?;
     init::register(m)?;
+    loss::register(m)?;
     probe::register(m)
 }
