@@ -40,6 +40,10 @@ pub(super) fn clamp<T: Real>(x: T, limit: T) -> T {
     if x < -limit { -limit } else { x }
 }
 
+/// So many groups ahead, the other cores are told of parameters that will be written: where a matrix product on several
+/// threads has just read them, each keeps copies, and to take these back as late as the store is twice the step's time.
+const AHEAD: usize = 24;
+
 /// Most windows of a rule, and most numbers of state that it changes per parameter.
 pub(super) const WINDOWS: usize = 2;
 pub(super) const SLOTS: usize = 3;
@@ -143,6 +147,9 @@ impl<T: Real, R: Rule<T, W, N>, const W: usize, const N: usize> Update<'_, T, R,
         for i in 0..n {
             // Else compilers spread the loop over several groups: shuffles without end.
             let i = black_box(i);
+            if L == LANES {
+                simd::prefetch_to_write(p.as_flattened(), (i + AHEAD) * L);
+            }
             let (past, mut state): ([[T; L]; W], [[T; L]; N]) = (from_fn(|w| past[w][i]), from_fn(|k| slots[k][i]));
             let (mut new, g) = (p[i], g[i]);
             for l in 0..L {
