@@ -17,7 +17,7 @@ def repack(path):
     with zipfile.ZipFile(path) as wheel:
         for file in wheel.infolist():
             data, name = wheel.read(file), file.filename.encode()
-            packed = compress(data)[2:-4]  # without the header of zlib and its sum
+            packed = compress(data, numiterations=40, blocksplittingmax=0)[2:-4]  # without zlib's header and sum
             year, month, day, hour, minute, second = file.date_time
             when = (hour << 11 | minute << 5 | second // 2, (year - 1980) << 9 | month << 5 | day)
             sizes = (file.CRC, len(packed), len(data), len(name))

@@ -36,6 +36,7 @@ INTEGERS = {"init::Words"}
 MOVES = {"probe::Copy", "stored::Load", "stored::Store", "optim::Step"}
 # They run other kernels, each through its own door, and what lies between.
 DRIVERS = {
+    "loss::SoftmaxCrossEntropy",
     "norm::groups::Forward",
     "norm::groups_backward::Backward",
     "norm::planes::Stats",

@@ -280,15 +280,14 @@ def grad_scan(names: Sequence[str], grads: Sequence[_Array], out: _Array) -> Non
 
 def softmax_cross_entropy(
     logits: _Array,
-    labels: _Array | None,
-    soft: _Array | None,
+    targets: _Array,
     weights: _Array | None,
     h: _Array,
     loss: _Array,
     dlogits: _Array,
 ) -> None:
-    """Fills loss (1,) and dlogits (N, K) from float64 or float32 logits and either labels (N,), float64, or soft
-    targets (N, K); h = (on, off), the smoothing; weights (N,), float64, are 1 / N where they are missing."""
+    """Fills loss (1,) and dlogits (N, K) from float64 or float32 logits and targets, float64: labels (N,) or
+    probabilities (N, K); h = (on, off), the smoothing; weights (N,), float64, are 1 / N where they are missing."""
 
 def philox(out: _Array, seed: int, stream: int, attempt: int = 0) -> None:
     """Fills a uint32 array with Philox4x32-10 words."""

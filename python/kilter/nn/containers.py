@@ -111,4 +111,4 @@ def backward_through(layers: Sequence[Module], dy: Array, need_dx: bool) -> Any:
 
 
 def _trains(module: Module) -> bool:
-    return any(m.own_params and not m.frozen for _, m in module.modules())
+    return bool(module.own_params and not module.frozen) or any(map(_trains, module.children().values()))

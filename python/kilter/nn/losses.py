@@ -42,7 +42,12 @@ def softmax_cross_entropy(
 
     Returns
     -------
-    (float, dlogits of the shape and dtype of logits). 16-bit logits are widened to float32.
+    (float, dlogits of the shape and dtype of logits).
+
+    Notes
+    -----
+    NumPy arrays: one pass, all arithmetic in float64, the same bits on every processor; what each sample gets does not
+    depend on the others but for the weights' sum. CuPy arrays: arithmetic in float64 for float64, else in float32.
 
     Raises
     ------
@@ -77,11 +82,8 @@ def _on_host(
 ) -> tuple[float, Array]:
     z = np.ascontiguousarray(logits, real)
     dz, loss, h = np.empty_like(z), np.empty(1), np.array((on, off))
-    if targets.ndim == 2:
-        _kilter.softmax_cross_entropy(z, None, np.ascontiguousarray(targets, real), w, h, loss, dz)
-    else:
-        # Every label that may be is exact in float64, and none that may not comes near one.
-        _kilter.softmax_cross_entropy(z, targets.astype(np.float64), None, w, h, loss, dz)
+    # Every label that may be is exact in float64, and none that may not comes near one.
+    _kilter.softmax_cross_entropy(z, np.ascontiguousarray(targets, np.float64), w, h, loss, dz)
     return float(loss[0]), dz if dz.dtype == logits.dtype else rounded(dz, np.empty_like(dz, logits.dtype))
 
 

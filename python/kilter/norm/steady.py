@@ -65,13 +65,14 @@ class Backward:
     """
 
     def __init__(self, dy: Any, cache: BatchNormCache, grads: BatchNormGrads, dgamma: Any, dbeta: Any) -> None:
-        self._dy, self._cache, self._dgamma, self._dbeta = dy, cache, dgamma, dbeta
+        self._dy, self._cache = dy, cache
         self._found = grads.dx, grads.dresidual
         xp, ops = backend_of(dy)
-        c, self._sums, self._launch = cache, xp.empty((2, len(cache.hi))), ops.bn_backward
+        c, sums, self._launch = cache, tuple(xp.empty((2, len(cache.hi)))), ops.bn_backward
+        self._gradients = () if dgamma is None else tuple(zip((dbeta, dgamma), sums, strict=True))
         how = (xp.reshape(c.moments.count, 1), c.hi, c.lo, c.rstd, c.gamma, c.beta, c.residual if c.relu else None)
         out = (grads.dx, grads.dresidual if c.relu else None)
-        self._arguments = (dy, c.x, c.axis, None, *how, c.relu, *self._sums, *out)
+        self._arguments = (dy, c.x, c.axis, None, *how, c.relu, *sums, *out)
 
     def fits(self, dy: Any, cache: BatchNormCache) -> bool:
         """Says whether both are what they were."""
@@ -81,6 +82,6 @@ class Backward:
         """Fills the gradients; returns dx and dresidual."""
         self._launch(*self._arguments)
         with np.errstate(over="ignore"):  # a sum past the largest number is infinite, as in dx
-            if self._dgamma is not None:
-                self._dbeta[...], self._dgamma[...] = self._sums
+            for gradient, total in self._gradients:
+                gradient[...] = total
         return self._found

@@ -1,5 +1,7 @@
 //! The exponential and the logarithm in float64: plain products and sums, so that every CPU gives the same bits.
 
+use crate::kernel::Kernel;
+use crate::simd::{self, Level};
 use std::f64::consts::{FRAC_1_SQRT_2, LOG2_E};
 
 /// 1.5 * 2^52: adding it rounds a small number to a whole one, which then stands in the lowest bits.
@@ -45,7 +47,7 @@ const LEAST: f64 = -708.0;
 
 /// e^x for x <= 0, within a unit in the last place; NaN stays NaN.
 #[inline(always)]
-pub fn exp<const L: usize>(x: [f64; L]) -> [f64; L] {
+fn exp<const L: usize>(x: [f64; L]) -> [f64; L] {
     // x = n ln 2 + r, e^x = 2^n e^r
     let (mut r, mut power, mut tail) = ([0.0; L], [0.0; L], [INVERSE_FACTORIALS[0]; L]);
     for l in 0..L {
@@ -69,7 +71,7 @@ pub fn exp<const L: usize>(x: [f64; L]) -> [f64; L] {
 
 /// The natural logarithm for x >= 1, within two units in the last place; infinity and NaN stay themselves.
 #[inline(always)]
-pub fn ln<const L: usize>(x: [f64; L]) -> [f64; L] {
+fn ln<const L: usize>(x: [f64; L]) -> [f64; L] {
     // x = 2^e m with m in [sqrt(1/2), sqrt(2)), ln m = 2 artanh((m - 1) / (m + 1))
     let (mut e, mut s, mut z, mut series) = ([0.0; L], [0.0; L], [0.0; L], [0.0; L]);
     for l in 0..L {
@@ -90,6 +92,77 @@ pub fn ln<const L: usize>(x: [f64; L]) -> [f64; L] {
         y[l] = if x[l] < f64::INFINITY { value } else { x[l] };
     }
     y
+}
+
+/// Numbers that are taken together; slices have a multiple of as many.
+pub const GROUP: usize = 8;
+
+/// Fills `y` with e^x, for x <= 0.
+pub(crate) fn exps(level: Level, x: &[f64], y: &mut [f64]) {
+    simd::enter(level, Exps { x, y });
+}
+
+/// Puts ln x in the place of x, for x >= 1.
+pub(crate) fn lns(level: Level, x: &mut [f64]) {
+    simd::enter(level, Lns { x });
+}
+
+/// A part of other kernels: it is not split.
+struct Exps<'a> {
+    x: &'a [f64],
+    y: &'a mut [f64],
+}
+
+impl Kernel for Exps<'_> {
+    type Out = ();
+
+    fn bytes(&self) -> usize {
+        size_of_val(self.x) + size_of_val(self.y)
+    }
+
+    fn halve(self) -> Result<(Self, Self), Self> {
+        Err(self)
+    }
+
+    #[inline(always)]
+    fn run(self, level: Level) {
+        let Self { x, y } = self;
+        if level.compact() {
+            x.as_chunks::<2>().0.iter().zip(y.as_chunks_mut().0).for_each(|(x, y)| *y = exp(*x));
+        } else {
+            x.as_chunks::<GROUP>().0.iter().zip(y.as_chunks_mut().0).for_each(|(x, y)| *y = exp(*x));
+        }
+    }
+
+    fn merge(_: (), _: ()) {}
+}
+
+/// A part of other kernels: it is not split.
+struct Lns<'a> {
+    x: &'a mut [f64],
+}
+
+impl Kernel for Lns<'_> {
+    type Out = ();
+
+    fn bytes(&self) -> usize {
+        2 * size_of_val(self.x)
+    }
+
+    fn halve(self) -> Result<(Self, Self), Self> {
+        Err(self)
+    }
+
+    #[inline(always)]
+    fn run(self, level: Level) {
+        if level.compact() {
+            self.x.as_chunks_mut::<2>().0.iter_mut().for_each(|x| *x = ln(*x));
+        } else {
+            self.x.as_chunks_mut::<GROUP>().0.iter_mut().for_each(|x| *x = ln(*x));
+        }
+    }
+
+    fn merge(_: (), _: ()) {}
 }
 
 #[cfg(test)]

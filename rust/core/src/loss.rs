@@ -1,21 +1,70 @@
-//! Softmax and cross-entropy in one pass over the logits.
+//! Softmax and cross-entropy in one pass over the logits. Exponentials take most of the time; the rest exists once for all
+//! levels and both types.
 
 use crate::error::{Error, length};
-use crate::exp::{exp, ln};
+use crate::exp::{GROUP, exps, lns};
 use crate::kernel::{Kernel, launch};
 use crate::real::Real;
 use crate::simd::Level;
+use std::ops::Range;
+
+/// Logits z and, as long, where their gradient goes.
+pub enum Logits<'a> {
+    /// In float64.
+    F64(&'a [f64], &'a mut [f64]),
+    /// In float32.
+    F32(&'a [f32], &'a mut [f32]),
+}
+
+impl Logits<'_> {
+    fn lengths(&self) -> (usize, usize) {
+        match self {
+            Logits::F64(z, dz) => (z.len(), dz.len()),
+            Logits::F32(z, dz) => (z.len(), dz.len()),
+        }
+    }
+
+    fn split_at(self, at: usize) -> (Self, Self) {
+        match self {
+            Logits::F64(z, dz) => {
+                let (z, dz) = (z.split_at(at), dz.split_at_mut(at));
+                (Logits::F64(z.0, dz.0), Logits::F64(z.1, dz.1))
+            }
+            Logits::F32(z, dz) => {
+                let (z, dz) = (z.split_at(at), dz.split_at_mut(at));
+                (Logits::F32(z.0, dz.0), Logits::F32(z.1, dz.1))
+            }
+        }
+    }
+
+    #[inline(never)]
+    fn read(&self, at: Range<usize>, to: &mut [f64]) {
+        match self {
+            Logits::F64(z, _) => to.copy_from_slice(&z[at]),
+            Logits::F32(z, _) => to.iter_mut().zip(&z[at]).for_each(|(to, z)| *to = z.to_f64()),
+        }
+    }
+
+    #[inline(never)]
+    fn write(&mut self, at: Range<usize>, from: &[f64]) {
+        match self {
+            Logits::F64(_, dz) => dz[at].copy_from_slice(from),
+            Logits::F32(_, dz) => dz[at].iter_mut().zip(from).for_each(|(dz, from)| *dz = Real::from_f64(*from)),
+        }
+    }
+}
 
 /// What each sample should be.
 #[derive(Debug, Clone, Copy)]
-pub enum Targets<'a, R> {
+pub enum Targets<'a> {
     /// A class index for each sample; float64 holds every one exactly.
     Labels(&'a [f64]),
     /// A probability for each sample and class.
-    Soft(&'a [R]),
+    Soft(&'a [f64]),
 }
 
-impl<'a, R: Real> Targets<'a, R> {
+impl Targets<'_> {
+    #[inline(never)]
     fn check(self, samples: usize, classes: usize) -> Result<(), Error> {
         match self {
             Targets::Labels(labels) => {
@@ -26,15 +75,11 @@ impl<'a, R: Real> Targets<'a, R> {
             }
             Targets::Soft(q) => {
                 length("targets", q, samples * classes)?;
-                for (n, q) in q.chunks_exact(classes).enumerate() {
-                    let sum: f64 = q.iter().map(|q| q.to_f64()).sum();
-                    // Wide enough for rows rounded to bfloat16.
-                    if !((sum - 1.0).abs() < 2e-2 && q.iter().all(|q| *q >= R::ZERO)) {
-                        let got = format_args!("those of sample {n}, whose sum is {sum}").to_string();
-                        return Err(Error::new("targets", "rows of numbers of at least 0 that sum to 1", got));
-                    }
-                }
-                Ok(())
+                // Wide enough for rows rounded to bfloat16.
+                let wrong =
+                    q.chunks_exact(classes).find(|q| !((sum(q) - 1.0).abs() < 2e-2 && q.iter().all(|q| *q >= 0.0)));
+                let wanted = "rows of numbers of at least 0 that sum to 1";
+                wrong.map_or(Ok(()), |q| Err(Error::new("targets", wanted, format_args!("a sum of {}", sum(q)))))
             }
         }
     }
@@ -51,6 +96,34 @@ impl<'a, R: Real> Targets<'a, R> {
             }
         }
     }
+
+    /// What sample `n` takes from the logarithm of its `total`; its gradient takes the place of the powers `e`.
+    #[inline(never)]
+    fn take(self, n: usize, z: &[f64], e: &mut [f64], total: f64, smoothing: Smoothing, weight: f64) -> f64 {
+        let (inverse, Smoothing { on, off }) = (1.0 / total, smoothing);
+        match self {
+            Targets::Labels(labels) => {
+                let label = labels[n] as usize;
+                let own = (e[label] * inverse - on) * weight;
+                for e in e.iter_mut() {
+                    *e = (*e * inverse - off) * weight;
+                }
+                e[label] = own;
+                let dot = (on - off) * z[label];
+                // Without smoothing an infinite logit of another class does not count.
+                if off == 0.0 { dot } else { dot + off * sum(z) }
+            }
+            Targets::Soft(q) => {
+                let (q, mut dot) = (&q[n * z.len()..][..z.len()], 0.0);
+                for ((q, z), e) in q.iter().zip(z).zip(e) {
+                    let q = q * (on - off) + off;
+                    dot += q * z;
+                    *e = (*e * inverse - q) * weight;
+                }
+                dot
+            }
+        }
+    }
 }
 
 /// How much probability a hard target keeps, and how much every other class gets.
@@ -64,34 +137,35 @@ pub struct Smoothing {
 
 /// The loss, `sum_i w_i (log sum_k exp z_ik - sum_k q_ik z_ik)`, and its gradient `w_i (p_ik - q_ik)`. All arithmetic is in
 /// float64.
-pub struct SoftmaxCrossEntropy<'a, R> {
-    logits: &'a [R],
+pub struct SoftmaxCrossEntropy<'a> {
+    logits: Logits<'a>,
+    samples: usize,
     classes: usize,
-    targets: Targets<'a, R>,
+    targets: Targets<'a>,
     smoothing: Smoothing,
     weights: Option<&'a [f64]>,
     weight: f64,
-    dlogits: &'a mut [R],
 }
 
-impl<'a, R: Real> SoftmaxCrossEntropy<'a, R> {
+impl<'a> SoftmaxCrossEntropy<'a> {
     /// Checks lengths and targets. Without `weights` every sample weighs 1 / N.
     pub fn new(
-        logits: &'a [R],
+        logits: Logits<'a>,
         classes: usize,
-        targets: Targets<'a, R>,
+        targets: Targets<'a>,
         smoothing: Smoothing,
         weights: Option<&'a [f64]>,
-        dlogits: &'a mut [R],
     ) -> Result<Self, Error> {
-        let classes = classes.max(1);
-        let samples = logits.len() / classes;
+        let (classes, (len, gradient)) = (classes.max(1), logits.lengths());
+        let samples = len / classes;
         targets.check(samples, classes)?;
         if let Some(weights) = weights {
             length("weights", weights, samples)?;
         }
-        length("dlogits", dlogits, logits.len())?;
-        Ok(Self { logits, classes, targets, smoothing, weights, weight: 1.0 / samples as f64, dlogits })
+        if gradient != len {
+            return Err(Error::new("dlogits", format_args!("{len} elements"), gradient));
+        }
+        Ok(Self { logits, samples, classes, targets, smoothing, weights, weight: 1.0 / samples as f64 })
     }
 
     /// Launches the kernel: the loss.
@@ -100,70 +174,57 @@ impl<'a, R: Real> SoftmaxCrossEntropy<'a, R> {
     }
 }
 
-/// Exponentials that are taken together.
-const GROUP: usize = 8;
-
 /// About so many logits are worked on at a time; a longer row is one block.
 const BLOCK: usize = 512;
 
-impl<R: Real> Kernel for SoftmaxCrossEntropy<'_, R> {
+impl Kernel for SoftmaxCrossEntropy<'_> {
     type Out = f64;
 
     fn bytes(&self) -> usize {
         // An exponential costs more than moving a number: threads pay earlier.
-        8 * size_of_val(self.logits)
+        32 * self.samples * self.classes
     }
 
     fn halve(self) -> Result<(Self, Self), Self> {
-        let at = self.logits.len() / self.classes / 2;
+        let at = self.samples / 2;
         if at == 0 {
             return Err(self);
         }
-        let (logits, dlogits) = (self.logits.split_at(at * self.classes), self.dlogits.split_at_mut(at * self.classes));
+        let logits = self.logits.split_at(at * self.classes);
         let targets = self.targets.split_at(at, self.classes);
         let weights = self.weights.map(|weights| weights.split_at(at)).unzip();
-        let left = Self { logits: logits.0, targets: targets.0, weights: weights.0, dlogits: dlogits.0, ..self };
-        Ok((left, Self { logits: logits.1, targets: targets.1, weights: weights.1, dlogits: dlogits.1, ..self }))
+        let left = Self { logits: logits.0, samples: at, targets: targets.0, weights: weights.0, ..self };
+        let samples = self.samples - at;
+        Ok((left, Self { logits: logits.1, samples, targets: targets.1, weights: weights.1, ..self }))
     }
 
     #[inline(always)]
-    fn run(self, _: Level) -> f64 {
+    fn run(mut self, level: Level) -> f64 {
         let classes = self.classes;
         let rows = (BLOCK / classes).max(1);
         let len = (rows * classes).next_multiple_of(GROUP);
-        // z less the largest of its row, and e to the power of that.
-        let (mut shifted, mut powers) = (vec![0.0; len], vec![0.0; len]);
-        let mut totals = vec![1.0; rows.next_multiple_of(GROUP)];
-        let mut dots = vec![0.0; rows];
+        // z less the largest of its row; e to the power of that, then the gradient.
+        let mut scratch = vec![1.0; 2 * (len + rows.next_multiple_of(GROUP))];
+        let (shifted, rest) = scratch.split_at_mut(len);
+        let (powers, rest) = rest.split_at_mut(len);
+        let (totals, dots) = rest.split_at_mut(rest.len() / 2);
         let mut loss = 0.0;
-        let blocks = self.logits.chunks(rows * classes).zip(self.dlogits.chunks_mut(rows * classes));
-        for (first, (logits, dlogits)) in (0..).step_by(rows).zip(blocks) {
-            for (z, shifted) in logits.chunks_exact(classes).zip(shifted.chunks_exact_mut(classes)) {
-                shift(z, shifted);
-            }
-            for (x, y) in shifted.as_chunks().0.iter().zip(powers.as_chunks_mut::<GROUP>().0) {
-                *y = exp(*x);
-            }
+        for first in (0..self.samples).step_by(rows) {
+            let count = rows.min(self.samples - first);
+            let at = first * classes..(first + count) * classes;
+            self.logits.read(at.clone(), &mut shifted[..at.len()]);
+            shifted[..at.len()].chunks_exact_mut(classes).for_each(shift);
+            exps(level, shifted, powers);
             let weight = |r: usize| self.weights.map_or(self.weight, |weights| weights[first + r]);
-            for (r, dz) in dlogits.chunks_exact_mut(classes).enumerate() {
-                let at = r * classes..(r + 1) * classes;
-                let (z, e) = (&shifted[at.clone()], &powers[at]);
+            for r in 0..count {
+                let row = r * classes..(r + 1) * classes;
+                let (z, e) = (&shifted[row.clone()], &mut powers[row]);
                 totals[r] = sum(e);
-                let inverse = 1.0 / totals[r];
-                dots[r] = match self.targets {
-                    Targets::Labels(labels) => {
-                        hard(z, e, inverse, labels[first + r] as usize, self.smoothing, weight(r), dz)
-                    }
-                    Targets::Soft(q) => {
-                        let q = &q[(first + r) * classes..][..classes];
-                        soft(z, e, inverse, q, self.smoothing, weight(r), dz)
-                    }
-                };
+                dots[r] = self.targets.take(first + r, z, e, totals[r], self.smoothing, weight(r));
             }
-            for group in totals.as_chunks_mut::<GROUP>().0 {
-                *group = ln(*group);
-            }
-            for r in 0..dlogits.len() / classes {
+            self.logits.write(at.clone(), &powers[..at.len()]);
+            lns(level, totals);
+            for r in 0..count {
                 loss += weight(r) * (totals[r] - dots[r]);
             }
         }
@@ -176,20 +237,19 @@ impl<R: Real> Kernel for SoftmaxCrossEntropy<'_, R> {
 }
 
 /// z less its largest number. NaN and an infinity of either sign end as NaN, as they do in the formula.
-#[inline(always)]
-fn shift<R: Real>(z: &[R], shifted: &mut [f64]) {
+#[inline(never)]
+fn shift(z: &mut [f64]) {
     let mut most = z[0];
-    for z in z {
+    for z in &*z {
         most = if *z > most { *z } else { most };
     }
-    let most = most.to_f64();
-    for (z, shifted) in z.iter().zip(shifted) {
-        *shifted = z.to_f64() - most;
+    for z in z {
+        *z -= most;
     }
 }
 
 /// The sum in four chains.
-#[inline(always)]
+#[inline(never)]
 fn sum(x: &[f64]) -> f64 {
     let (groups, rest) = x.as_chunks::<4>();
     let mut chains = [0.0; 4];
@@ -203,44 +263,4 @@ fn sum(x: &[f64]) -> f64 {
         total += x;
     }
     total
-}
-
-/// What class `label` takes from a sample's loss; the gradient goes to `dz`.
-#[inline(always)]
-fn hard<R: Real>(
-    z: &[f64],
-    e: &[f64],
-    inverse: f64,
-    label: usize,
-    Smoothing { on, off }: Smoothing,
-    weight: f64,
-    dz: &mut [R],
-) -> f64 {
-    for (e, dz) in e.iter().zip(dz.iter_mut()) {
-        *dz = R::from_f64((e * inverse - off) * weight);
-    }
-    dz[label] = R::from_f64((e[label] * inverse - on) * weight);
-    let dot = (on - off) * z[label];
-    // Without smoothing an infinite logit of another class does not count.
-    if off == 0.0 { dot } else { dot + off * sum(z) }
-}
-
-/// What the probabilities `q` take from a sample's loss; the gradient goes to `dz`.
-#[inline(always)]
-fn soft<R: Real>(
-    z: &[f64],
-    e: &[f64],
-    inverse: f64,
-    q: &[R],
-    Smoothing { on, off }: Smoothing,
-    weight: f64,
-    dz: &mut [R],
-) -> f64 {
-    let mut dot = 0.0;
-    for k in 0..z.len() {
-        let q = q[k].to_f64() * (on - off) + off;
-        dot += q * z[k];
-        dz[k] = R::from_f64((e[k] * inverse - q) * weight);
-    }
-    dot
 }
