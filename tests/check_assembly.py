@@ -36,7 +36,6 @@ INTEGERS = {"init::Words"}
 MOVES = {"probe::Copy", "stored::Load", "stored::Store", "optim::Step"}
 # They run other kernels, each through its own door, and what lies between.
 DRIVERS = {
-    "loss::SoftmaxCrossEntropy",
     "norm::groups::Forward",
     "norm::groups_backward::Backward",
     "norm::planes::Stats",
@@ -46,6 +45,8 @@ DRIVERS = {
     "norm::planes_backward::Apply",
     "norm::planes_backward::Backward",
 }
+# One kernel alone runs them, and compilers put them inside its door.
+INSIDE = {"exp::Exps", "exp::Lns"}
 # Between these and what kernels compute in.
 NARROW = ("f16", "bf16")
 
@@ -253,7 +254,7 @@ def main(arguments):
     for level in ("avx2", "baseline"):
         found = doors(functions, level)
         for short, pattern in wanted().items():
-            if not any(re.fullmatch(pattern, kernel) for kernel in found):
+            if short not in INSIDE and not any(re.fullmatch(pattern, kernel) for kernel in found):
                 failed.append(f"{level} {short}: no such function")
         for kernel, door in sorted(found.items()):
             wrong = [f"{level} {kernel}: {fault}" for fault in faults(functions, kernel, door, level)]
