@@ -287,7 +287,10 @@ def softmax_cross_entropy(
     dlogits: _Array,
 ) -> None:
     """Fills loss (1,) and dlogits (N, K) from float64 or float32 logits and targets, float64: labels (N,) or
-    probabilities (N, K); h = (on, off), the smoothing; weights (N,), float64, are 1 / N where they are missing."""
+    probabilities (N, K); h = (on, off), the smoothing; weights (N,), float64, are 1 / N where they are missing.
+
+    CUDA has none: `kilter.nn` takes the loss of CuPy arrays by array functions.
+    """
 
 def philox(out: _Array, seed: int, stream: int, attempt: int = 0) -> None:
     """Fills a uint32 array with Philox4x32-10 words."""
