@@ -200,6 +200,10 @@ BAD = {
     "list of labels": (lambda: nn.softmax_cross_entropy(X, [0, 1]), "targets: expected a NumPy array"),
     "too many labels": (lambda: nn.softmax_cross_entropy(X, np.array([0, 1, 2])), "targets: expected shape"),
     "soft shape": (lambda: nn.softmax_cross_entropy(X, np.ones((2, 3))), "targets: expected shape"),
+    "negative soft": (
+        lambda: nn.softmax_cross_entropy(X, np.tile([1.5, -0.5, 0.0, 0.0], (2, 1))),
+        r"targets: expected rows of numbers of at least 0 that sum to 1, got -0\.5",
+    ),
     "soft sum": (lambda: nn.softmax_cross_entropy(X, np.ones((2, 4))), "targets: expected rows .* that sum to 1"),
     "soft negative": (
         lambda: nn.softmax_cross_entropy(X, np.array([[-1.0, 2, 0, 0], [1, 0, 0, 0]])),

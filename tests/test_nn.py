@@ -8,7 +8,7 @@ import pytest
 
 import kilter
 from gradients import F64, away_from_kinks, check_gradients, nhwc, randn
-from kilter import init, nn
+from kilter import init, nn, norm
 from kilter.nn import norms
 
 SIXTEEN = [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)]
@@ -135,6 +135,14 @@ def test_every_initialiser_fills_the_weights_of_layers(name, dtype):
 def test_an_initialiser_is_a_function(layer, shape):
     with pytest.raises(kilter.KilterError, match="init: expected a function"):
         layer(*shape, seed=0, init="he_normal")
+
+
+def test_a_weight_in_column_order_has_a_gradient_in_row_order():
+    layer = nn.Linear(5, 4, seed=0, init=lambda shape, **_: np.asfortranarray(randn(*shape)), dtype=F64)
+    x, dy = randn(3, 5, seed=1), randn(3, 4, seed=2)
+    np.testing.assert_allclose(layer(x), x @ layer.own_params["weight"])
+    np.testing.assert_allclose(layer.backward(dy), dy @ layer.own_params["weight"].T)
+    np.testing.assert_allclose(layer.own_grads["weight"], x.T @ dy)
 
 
 def test_options_of_initialisers_are_fixed_by_partial():
@@ -303,6 +311,24 @@ def test_steady_batch_norm_looks_at_its_arguments_once(monkeypatch):
         layer(x)
         layer.backward(dy)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("place", ["own", "strided"])
+@pytest.mark.parametrize("scale", [1.0, 1e37])
+def test_steady_batch_norm_rounds_its_gradients_once_wherever_they_lie(place, scale):
+    """Float64 sums, those past float32 as inf and without a warning."""
+    layer, x = nn.BatchNorm(3).reuse_buffers(), randn(64, 3, dtype=np.float32)
+    dy = np.abs(randn(64, 3, seed=1)).astype(np.float32) * np.float32(scale)
+    if place == "strided":
+        layer.own_grads.update({name: np.zeros(6, np.float32)[::2] for name in layer.own_grads})
+    for _ in range(3):
+        x[...] += 1
+        layer(x)
+        found = norm.batch_norm_backward(dy, layer.cache())
+        layer.backward(dy)
+        np.testing.assert_array_equal(layer.own_grads["gamma"], found.dgamma)
+        np.testing.assert_array_equal(layer.own_grads["beta"], found.dbeta)
+    assert np.isinf(found.dbeta).all() == (scale > 1)
 
 
 RESIDUALS = {

@@ -187,7 +187,10 @@ def bn_backward(
     dx: _Array,
     dresidual: _Array | None,
 ) -> None:
-    """Fills what bn_backward_reduce and bn_backward_apply fill, same bits, in fewer passes over memory."""
+    """Fills what bn_backward_reduce and bn_backward_apply fill, same bits, in fewer passes over memory.
+
+    On the CPU either sum may be float32: rounded from its float64.
+    """
 
 def gn_forward(
     x: _Array,
@@ -282,12 +285,12 @@ def softmax_cross_entropy(
     logits: _Array,
     targets: _Array,
     weights: _Array | None,
-    h: _Array,
-    loss: _Array,
+    on: float,
+    off: float,
     dlogits: _Array,
-) -> None:
-    """Fills loss (1,) and dlogits (N, K) from float64 or float32 logits and targets, float64: labels (N,) or
-    probabilities (N, K); h = (on, off), the smoothing; weights (N,), float64, are 1 / N where they are missing.
+) -> float:
+    """Returns the loss and fills dlogits (N, K), from float64 or float32 logits and targets, float64: labels (N,) or
+    probabilities (N, K). on and off are the smoothing; weights (N,), float64, are 1 / N where they are missing.
 
     CUDA has none: `kilter.nn` takes the loss of CuPy arrays by array functions.
     """

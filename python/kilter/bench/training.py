@@ -77,11 +77,11 @@ def products(count: int, batch: int) -> Work:
 
     def step(n: int) -> None:
         for i, w in enumerate(weights):
-            np.matmul(inputs[i][:n], w, out=inputs[i + 1][:n])
+            np.dot(inputs[i][:n], w, out=inputs[i + 1][:n])
         for i in reversed(range(len(weights))):
-            np.matmul(inputs[i][:n].T, upstream[i + 1][:n], out=grads[i])
+            np.dot(inputs[i][:n].T, upstream[i + 1][:n], out=grads[i])
             if i:
-                np.matmul(upstream[i + 1][:n], weights[i].T, out=upstream[i][:n])
+                np.dot(upstream[i + 1][:n], weights[i].T, out=upstream[i][:n])
 
     def epoch() -> None:
         for start in range(0, count, batch):

@@ -196,7 +196,8 @@ class Batches:
                 x, y = self.x[start:stop], self.y[start:stop]
             else:
                 # New arrays cost no more than a reused one: the allocator hands back the last batch's memory.
-                x, y = self.x.take(rows[start:stop], axis=0), self.y.take(rows[start:stop], axis=0)
+                taken = rows[start:stop]
+                x, y = self.x.take(taken, axis=0), self.y.take(taken, axis=0)
             for stream, transform in enumerate(self.transforms):
                 given = transform(x, y, seed=self.seed, epoch=epoch, index=order[start:stop], stream=stream)
                 if not isinstance(given, tuple) or len(given) != 2 or len(given[0]) != len(given[1]):

@@ -95,7 +95,7 @@ class Sequential(Module):
 def forward_through(layers: Sequence[Module], x: Array) -> Array:
     """What comes out of the last of these layers."""
     for layer in layers:
-        x = layer(x)
+        x = layer.forward(x)
     return x
 
 

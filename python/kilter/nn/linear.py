@@ -64,10 +64,10 @@ class Linear(Module):
         xp, y = self.recall("forward", x) or self._prepare(x, weight)
         if weight.dtype.itemsize > 2:
             self._cache = x, weight
-            xp.matmul(x, weight, out=y)
+            xp.dot(x, weight, out=y)
             return y if bias is None else xp.add(y, bias, out=y)
         x32, w32 = self._cache = widened(self, "x32", x), widened(self, "w32", weight)
-        wide = xp.matmul(x32, w32, out=self.buffer("y32", x32, y.shape))
+        wide = xp.dot(x32, w32, out=self.buffer("y32", x32, y.shape))
         if bias is not None:
             wide += bias.astype(wide.dtype)
         return rounded(wide, y)
@@ -92,8 +92,8 @@ class Linear(Module):
             return None
         dx = self.buffer("dx", x, dtype=dtype)
         if not narrow:
-            return xp.matmul(dy, weight.T, out=dx)
-        return rounded(xp.matmul(dy, weight.T, out=self.buffer("dx32", dy, x.shape)), dx)
+            return xp.dot(dy, weight.T, out=dx)
+        return rounded(xp.dot(dy, weight.T, out=self.buffer("dx32", dy, x.shape)), dx)
 
     def _prepare_backward(self, x: Array, dy: Array) -> Any:
         """The library, and the dtype of dx."""
@@ -104,11 +104,11 @@ class Linear(Module):
     def _backward_params(self, xp: Any, x: Array, dy: Array, narrow: bool) -> None:
         dweight, dbias = self.own_grads["weight"], self.own_grads.get("bias")
         if narrow:
-            rounded(xp.matmul(x.T, dy, out=self.buffer("dw32", dy, dweight.shape)), dweight)
+            rounded(xp.dot(x.T, dy, out=self.buffer("dw32", dy, dweight.shape)), dweight)
             if dbias is not None:
                 rounded(dy.sum(axis=0), dbias)
             return
-        xp.matmul(x.T, dy, out=dweight)
+        xp.dot(x.T, dy, out=dweight)
         if dbias is not None:
             dy.sum(axis=0, out=dbias)
 

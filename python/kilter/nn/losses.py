@@ -81,10 +81,10 @@ def _on_host(
     logits: Array, targets: Array, real: np.dtype[Any], on: float, off: float, w: Array | None
 ) -> tuple[float, Array]:
     z = np.ascontiguousarray(logits, real)
-    dz, loss, h = np.empty_like(z), np.empty(1), np.array((on, off))
+    dz = np.empty_like(z)
     # Every label that may be is exact in float64, and none that may not comes near one.
-    _kilter.softmax_cross_entropy(z, np.ascontiguousarray(targets, np.float64), w, h, loss, dz)
-    return float(loss[0]), dz if dz.dtype == logits.dtype else rounded(dz, np.empty_like(dz, logits.dtype))
+    loss = _kilter.softmax_cross_entropy(z, np.ascontiguousarray(targets, np.float64), w, on, off, dz)
+    return loss, dz if dz.dtype == logits.dtype else rounded(dz, np.empty_like(dz, logits.dtype))
 
 
 def _on_device(

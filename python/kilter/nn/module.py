@@ -152,7 +152,7 @@ class Module:
     def add_param(self, name: str, value: Array) -> None:
         """Own `value` as a parameter, with a gradient of zeros."""
         self.own_params[name] = value
-        self.own_grads[name] = backend_of(value).xp.zeros_like(value)
+        self.own_grads[name] = backend_of(value).xp.zeros_like(value, order="C")
 
     def keep_grads(self, **grads: Array) -> None:
         """Overwrite these gradients, unless the module is frozen or has no parameters."""

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kilter import _check
-from kilter._backend import backend_of
+from kilter._backend import NUMPY, backend_of
 from kilter.norm.batch import BatchNormCache, BatchNormGrads
 from kilter.stats import RunningStats
 
@@ -68,8 +68,13 @@ class Backward:
         self._dy, self._cache = dy, cache
         self._found = grads.dx, grads.dresidual
         xp, ops = backend_of(dy)
-        c, sums, self._launch = cache, tuple(xp.empty((2, len(cache.hi)))), ops.bn_backward
-        self._gradients = () if dgamma is None else tuple(zip((dbeta, dgamma), sums, strict=True))
+        c, self._launch, gradients = cache, ops.bn_backward, (dbeta, dgamma)
+        # The CPU's kernel rounds the sums itself; an array that it could not open is filled from here.
+        direct = ops is NUMPY.ops and all(
+            g is not None and _check.ready(g) and g.dtype == c.hi.dtype for g in gradients
+        )
+        sums = gradients if direct else tuple(xp.empty((2, len(c.hi))))
+        self._gradients = () if direct or dgamma is None else tuple(zip(gradients, sums, strict=True))
         how = (xp.reshape(c.moments.count, 1), c.hi, c.lo, c.rstd, c.gamma, c.beta, c.residual if c.relu else None)
         out = (grads.dx, grads.dresidual if c.relu else None)
         self._arguments = (dy, c.x, c.axis, None, *how, c.relu, *sums, *out)
@@ -81,7 +86,8 @@ class Backward:
     def __call__(self) -> tuple[Any, Any]:
         """Fills the gradients; returns dx and dresidual."""
         self._launch(*self._arguments)
-        with np.errstate(over="ignore"):  # a sum past the largest number is infinite, as in dx
-            for gradient, total in self._gradients:
-                gradient[...] = total
+        if self._gradients:
+            with np.errstate(over="ignore"):  # a sum past the largest number is infinite, as in dx
+                for gradient, total in self._gradients:
+                    gradient[...] = total
         return self._found

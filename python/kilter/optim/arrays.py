@@ -239,7 +239,7 @@ def match(
     if structure == "groups" and isinstance(grads, Mapping):
         structure = "dict"
     if structure == "dict":
-        if not isinstance(grads, Mapping):
+        if not isinstance(grads, (dict, Mapping)):  # a dict is known at once
             fail(argument, "a dict name -> array", type(grads).__name__)
         named = grads
     else:

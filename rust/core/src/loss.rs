@@ -79,7 +79,11 @@ impl Targets<'_> {
                 let wrong =
                     q.chunks_exact(classes).find(|q| !((sum(q) - 1.0).abs() < 2e-2 && q.iter().all(|q| *q >= 0.0)));
                 let wanted = "rows of numbers of at least 0 that sum to 1";
-                wrong.map_or(Ok(()), |q| Err(Error::new("targets", wanted, format_args!("a sum of {}", sum(q)))))
+                wrong.map_or(Ok(()), |row| {
+                    let negative = row.iter().find(|q| **q < 0.0);
+                    let sum = format!("a sum of {}", sum(row));
+                    Err(Error::new("targets", wanted, negative.map_or(sum, |q| q.to_string())))
+                })
             }
         }
     }

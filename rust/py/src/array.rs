@@ -137,9 +137,15 @@ impl<'a> Noted<'a> {
 }
 
 /// The arrays of one call, before any of them is opened.
-#[derive(Default)]
 pub struct Opening<'a> {
     ranges: Vec<(usize, usize, bool, Name<'a>)>,
+}
+
+impl Default for Opening<'_> {
+    /// Room for the arrays of most calls: growing to it takes four allocations.
+    fn default() -> Self {
+        Self { ranges: Vec::with_capacity(24) }
+    }
 }
 
 impl<'a> Opening<'a> {

@@ -74,8 +74,8 @@ where
     S::Real: Element,
 {
     let missing = Missing::new(shape.channels());
-    let gamma = checked.maybe(&gamma)?.unwrap_or(&missing.ones);
-    let beta = checked.maybe(&beta)?.unwrap_or(&missing.zeros);
+    let gamma = missing.gamma(checked.maybe(&gamma)?);
+    let beta = missing.beta(checked.maybe(&beta)?);
     let (eps, mean, m2) = (eps(checked.read(h)?)?, checked.write(&mean)?, checked.write(&m2)?);
     let (x, y) = (checked.read::<S>(x)?, checked.write(y)?);
     gate::run(py, || groups::forward(x, shape, eps, gamma, beta, mean, m2, y))
@@ -128,7 +128,7 @@ where
     S::Real: Element,
 {
     let missing = Missing::new(shape.channels());
-    let gamma = checked.maybe(&gamma)?.unwrap_or(&missing.ones);
+    let gamma = missing.gamma(checked.maybe(&gamma)?);
     let (eps, mean, m2) = (eps(checked.read(h)?)?, checked.read(&mean)?, checked.read(&m2)?);
     let reads = Reads::<S> { dy: checked.read(&dy)?, x: checked.read(&x)?, gamma, mean, m2, eps };
     let (sum_dy, sum_dy_xhat, dx) = (checked.write(&sum_dy)?, checked.write(&sum_dy_xhat)?, checked.write(&dx)?);

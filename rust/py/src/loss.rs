@@ -17,25 +17,21 @@ fn softmax_cross_entropy(
     logits: &Bound<'_, PyAny>,
     targets: &Bound<'_, PyAny>,
     weights: Option<&Bound<'_, PyAny>>,
-    h: &Bound<'_, PyAny>,
-    loss: &Bound<'_, PyAny>,
+    on: f64,
+    off: f64,
     dlogits: &Bound<'_, PyAny>,
-) -> Outcome<()> {
+) -> Outcome<f64> {
     let mut o = Opening::default();
     let logits = o.read("logits", logits)?;
     let (targets, weights) = (o.read("targets", targets)?, o.maybe("weights", weights)?);
-    let (h, loss, dlogits) = (o.read("h", h)?, o.write("loss", loss)?, o.write("dlogits", dlogits)?);
+    let dlogits = o.write("dlogits", dlogits)?;
     let checked = o.check()?;
-    let [on, off] = *checked.read::<f64>(&h)? else { return Err(error(Error::new("h", "on, off", h.shape().len()))) };
     let [_, classes] = *logits.shape() else {
         return Err(error(Error::new("logits", "shape (N, K)", format_args!("{:?}", logits.shape()))));
     };
     let q = checked.read(&targets)?;
     let targets = if targets.shape().len() == 1 { Targets::Labels(q) } else { Targets::Soft(q) };
     let weights = checked.maybe(&weights)?;
-    let [loss] = checked.write::<f64>(&loss)? else {
-        return Err(error(Error::new("loss", "one element", format_args!("{:?}", loss.shape()))));
-    };
     let both = match logits.dtype {
         Dtype::F64 => Logits::F64(checked.read(&logits)?, checked.write(&dlogits)?),
         Dtype::F32 => Logits::F32(checked.read(&logits)?, checked.write(&dlogits)?),
@@ -43,8 +39,5 @@ fn softmax_cross_entropy(
             return Err(error(Error::new("logits", "float64 or float32", logits.dtype.name())));
         }
     };
-    gate::run(py, || {
-        *loss = SoftmaxCrossEntropy::new(both, classes, targets, Smoothing { on, off }, weights)?.launch();
-        Ok(())
-    })
+    gate::run(py, || Ok(SoftmaxCrossEntropy::new(both, classes, targets, Smoothing { on, off }, weights)?.launch()))
 }

@@ -6,6 +6,7 @@ use kilter_core::norm::{self, Affine, Data, Finish, Shape, Statistics};
 use kilter_core::storage::Storage;
 use kilter_core::{Error, bf16, f16};
 use pyo3::prelude::*;
+use std::cell::OnceCell;
 
 pub(crate) type Array<'py> = Bound<'py, PyAny>;
 
@@ -208,15 +209,28 @@ impl<'a> How<'a> {
     }
 }
 
-/// What a missing gamma or beta is.
+/// What a missing gamma or beta is, made where one is missing.
 pub(crate) struct Missing<R> {
-    pub(crate) ones: Vec<R>,
-    pub(crate) zeros: Vec<R>,
+    channels: usize,
+    ones: OnceCell<Vec<R>>,
+    zeros: OnceCell<Vec<R>>,
 }
 
 impl<R: kilter_core::real::Real> Missing<R> {
     pub(crate) fn new(channels: usize) -> Self {
-        Self { ones: vec![R::ONE; channels], zeros: vec![R::ZERO; channels] }
+        Self { channels, ones: OnceCell::new(), zeros: OnceCell::new() }
+    }
+
+    /// Gamma, or ones.
+    #[inline(never)]
+    pub(crate) fn gamma<'a>(&'a self, given: Option<&'a [R]>) -> &'a [R] {
+        given.unwrap_or_else(|| self.ones.get_or_init(|| vec![R::ONE; self.channels]))
+    }
+
+    /// Beta, or zeros.
+    #[inline(never)]
+    pub(crate) fn beta<'a>(&'a self, given: Option<&'a [R]>) -> &'a [R] {
+        given.unwrap_or_else(|| self.zeros.get_or_init(|| vec![R::ZERO; self.channels]))
     }
 }
 
@@ -225,10 +239,10 @@ pub(crate) fn affine<'a, R: kilter_core::real::Real + Element>(
     how: &How<'a>,
     missing: &'a Missing<R>,
 ) -> Outcome<Affine<'a, R>> {
-    let gamma = checked.maybe(&how.gamma)?.unwrap_or(&missing.ones);
-    let beta = checked.maybe(&how.beta)?.unwrap_or(&missing.zeros);
+    let gamma = missing.gamma(checked.maybe(&how.gamma)?);
+    let beta = missing.beta(checked.maybe(&how.beta)?);
     let (hi, lo, rstd) = (checked.read(&how.hi)?, checked.read(&how.lo)?, checked.read(&how.rstd)?);
-    Affine::new(missing.ones.len(), hi, lo, rstd, gamma, beta).map_err(error)
+    Affine::new(missing.channels, hi, lo, rstd, gamma, beta).map_err(error)
 }
 
 #[pyfunction]
@@ -396,8 +410,8 @@ where
     S::Real: Element,
 {
     let missing = Missing::new(shape.channels);
-    let gamma = checked.maybe(&inputs.gamma)?.unwrap_or(&missing.ones);
-    let beta = checked.maybe(&inputs.beta)?.unwrap_or(&missing.zeros);
+    let gamma = missing.gamma(checked.maybe(&inputs.gamma)?);
+    let beta = missing.beta(checked.maybe(&inputs.beta)?);
     let (weights, residual) = (checked.maybe(&inputs.weights)?, checked.maybe(&inputs.residual)?);
     let rule = finish_rule(checked.read(&inputs.h)?)?;
     let (count, mean, m2) = (checked.write(&count)?, checked.write(&mean)?, checked.write(&m2)?);

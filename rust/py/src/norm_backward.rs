@@ -3,9 +3,10 @@
 use crate::array::{Checked, Dtype, Element, Noted, Opening};
 use crate::gate::{self, Outcome, error};
 use crate::norm::{Array, How, Missing, affine, alike, around, fill, not_data, one};
+use kilter_core::error::length;
 use kilter_core::norm::{self, Data, Shape, Sums, Upstream};
 use kilter_core::storage::Storage;
-use kilter_core::{Error, bf16, f16};
+use kilter_core::{bf16, f16};
 use pyo3::prelude::*;
 
 /// Adds the functions to the module.
@@ -98,12 +99,11 @@ where
     let missing = Missing::new(shape.channels);
     let up = reads.open::<S>(checked, shape, &missing)?;
     let (sum_dy, sum_dy_xhat) = (checked.write(&sum_dy)?, checked.write(&sum_dy_xhat)?);
-    gate::run(py, || copy_sums(&norm::backward_reduce(up), sum_dy, sum_dy_xhat))
-}
-
-fn copy_sums(sums: &Sums, sum_dy: &mut [f64], sum_dy_xhat: &mut [f64]) -> Result<(), Error> {
-    fill(sum_dy, &sums.dy, "sum_dy")?;
-    fill(sum_dy_xhat, &sums.dy_xhat, "sum_dy_xhat")
+    gate::run(py, || {
+        let sums = norm::backward_reduce(up);
+        fill(sum_dy, &sums.dy, "sum_dy")?;
+        fill(sum_dy_xhat, &sums.dy_xhat, "sum_dy_xhat")
+    })
 }
 
 #[pyfunction]
@@ -229,12 +229,43 @@ where
     alike(Some(&dx), &reads.x)?;
     alike(dresidual.as_ref(), &reads.x)?;
     let count = one(checked.read(&count)?)?;
-    let (sum_dy, sum_dy_xhat) = (checked.write::<f64>(&sum_dy)?, checked.write::<f64>(&sum_dy_xhat)?);
+    let open = |array: &_, name| Total::open(checked, array, name, shape.channels);
+    let (sum_dy, sum_dy_xhat) = (open(&sum_dy, "sum_dy")?, open(&sum_dy_xhat, "sum_dy_xhat")?);
     let (dx, dresidual) = (checked.write(&dx)?, checked.maybe_write(&dresidual)?);
     gate::run(py, || {
-        for (name, slice) in [("sum_dy", &*sum_dy), ("sum_dy_xhat", &*sum_dy_xhat)] {
-            kilter_core::error::length(name, slice, shape.channels)?;
-        }
-        copy_sums(&norm::backward(up, count, dx, dresidual)?, sum_dy, sum_dy_xhat)
+        let sums = norm::backward(up, count, dx, dresidual)?;
+        sum_dy.fill(&sums.dy);
+        sum_dy_xhat.fill(&sums.dy_xhat);
+        Ok(())
     })
+}
+
+/// Where sums over a channel go to: gradients of gamma and beta that are float32 are rounded here, at no call of NumPy.
+enum Total<'a> {
+    F64(&'a mut [f64]),
+    F32(&'a mut [f32]),
+}
+
+impl<'a> Total<'a> {
+    #[inline(never)] // once for all element types
+    fn open(checked: &Checked, array: &Noted<'a>, name: &str, channels: usize) -> Outcome<Self> {
+        let found = match array.dtype {
+            Dtype::F32 => Self::F32(checked.write(array)?),
+            _ => Self::F64(checked.write(array)?),
+        };
+        match &found {
+            Self::F64(total) => length(name, total, channels),
+            Self::F32(total) => length(name, total, channels),
+        }
+        .map_err(error)?;
+        Ok(found)
+    }
+
+    #[inline(never)]
+    fn fill(self, sums: &[f64]) {
+        match self {
+            Self::F64(total) => total.copy_from_slice(sums),
+            Self::F32(total) => total.iter_mut().zip(sums).for_each(|(to, sum)| *to = *sum as f32),
+        }
+    }
 }

@@ -91,8 +91,8 @@ where
     S::Real: Element,
 {
     let missing = Missing::new(width(x)?);
-    let gamma = checked.maybe(&reads.gamma)?.unwrap_or(&missing.ones);
-    let beta = checked.maybe(&reads.beta)?.unwrap_or(&missing.zeros);
+    let gamma = missing.gamma(checked.maybe(&reads.gamma)?);
+    let beta = missing.beta(checked.maybe(&reads.beta)?);
     let eps = one(checked.read(&reads.h)?)?;
     let mean = match mean {
         Some([hi, lo]) => Some([checked.write(hi)?, checked.write(lo)?]),
@@ -157,7 +157,7 @@ where
 {
     let width = width(x)?;
     let missing = Missing::new(width);
-    let gamma = checked.maybe(gamma)?.unwrap_or(&missing.ones);
+    let gamma = missing.gamma(checked.maybe(gamma)?);
     let mean = match mean {
         Some([hi, lo]) => Some([checked.read(hi)?, checked.read(lo)?]),
         None => None,
