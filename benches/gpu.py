@@ -25,7 +25,7 @@ import gpu_peers
 from gpu_machine import Device, Simulator
 from kilter import KilterError
 
-PARTS = ("checks", "ceilings", "clusters", "norms", "optim", "init")
+PARTS = ("checks", "ceilings", "clusters", "norms", "losses", "optim", "init")
 GOALS = (  # what is compared, the least ratio, of which rows
     ("share of the copy at 100 MB and more", 0.85),
     ("share of the copy at 20 to 50 MB", 0.75),
@@ -149,6 +149,9 @@ class Bench:
         self._table(gpu_cases.norms(self.simulated))
         self._network("bn resnet50 nchw", None if self.simulated else 1.5)
         self._network("bn resnet50 nhwc", None)
+
+    def losses(self):
+        self._table(gpu_cases.losses(self.simulated))
 
     def optim(self):
         self._table(gpu_cases.steps(self.simulated))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpu_machine import COLD
-from kilter import norm, optim, stats
+from kilter import nn, norm, optim, stats
 
 SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -186,6 +186,23 @@ def norms(simulated):
         groups = tiny[1] if groups == shape[1] else min(groups, tiny[1] // 2)
         yield from group_norm(tiny, groups, "bfloat16")
         yield from group_norm(tiny, groups, "bfloat16", last=True)
+
+
+# --------------------------------------------------------------------------- losses
+
+
+def losses(simulated):
+    """Softmax with cross-entropy against labels: its number is waited for."""
+    for shape in [(6, 10), (4, 300)] if simulated else [(1024, 10), (4096, 1000), (8192, 50_304)]:
+
+        def make(machine, sets, shape=shape):
+            labels = machine.there(np.arange(shape[0]) % shape[1])
+            logits = [machine.random(shape, "float32", 10 + turn) for turn in range(sets)]
+            return [lambda z=z: nn.softmax_cross_entropy(z, labels) for z in logits]
+
+        moved = 2 * prod(shape) * SIZES["float32"]
+        peer = ("loss", shape, "float32")
+        yield Case("losses", f"cross-entropy {shape}", "float32", moved, moved, moved, make, peer)
 
 
 # --------------------------------------------------------------------------- optimizers

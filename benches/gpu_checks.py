@@ -7,6 +7,7 @@ import numpy as np
 
 import gpu_machine  # noqa: F401, it finds the modules of the tests
 import reference
+import reference_nn
 from kilter import KilterError, _kilter, nn, norm, optim, stats
 from support import DTYPES, FLOAT32, FLOAT64, arithmetic, assert_close, same_bits
 
@@ -89,6 +90,18 @@ def group_norm(machine, shape, groups, last, dtype):
     wanted = reference.group_norm_backward(dy, x, groups, gamma, axis=axis)
     for got, want in zip(norm.group_norm_backward(machine.there(dy), cache), wanted, strict=True):
         close(machine, got, want, np.sqrt(x.size))
+
+
+def loss(machine, shape, soft, dtype):
+    rng = np.random.default_rng(7)
+    z, q = data(rng, shape, dtype), rng.dirichlet(np.ones(shape[1]), shape[0])
+    q = q if soft else np.eye(shape[1])[q.argmax(axis=1)]
+    weights = rng.random(shape[0])
+    targets = machine.there(q if soft else q.argmax(axis=1))
+    got, dz = nn.softmax_cross_entropy(machine.there(z), targets, weights=machine.there(weights))
+    want, dwant = reference_nn.softmax_cross_entropy(z, q, weights)
+    np.testing.assert_allclose(got, want, rtol=1e-12 if dtype == FLOAT64 else 1e-5)
+    close(machine, dz, dwant)
 
 
 OPTIMIZERS = {
@@ -231,6 +244,9 @@ def checks(machine):
         for shape, count in groups:
             add(group_norm, shape, count, False, dtype)
             add(group_norm, (shape[0], *shape[2:], shape[1]), count, True, dtype)
+        for shape in [(5, 7), (1030, 10), (3, 300)] if tiny else [(1024, 10), (100_003, 10), (256, 1000), (64, 50_304)]:
+            add(loss, shape, False, dtype)
+            add(loss, shape, True, dtype)
         for kind in ("fill_uniform", "fill_normal"):
             add(fills, kind, 5003 if tiny else 10_000_000, dtype)
     for rule in list(OPTIMIZERS)[7:10] if tiny else OPTIMIZERS:

@@ -85,6 +85,19 @@ class TorchPeer(Torch):
         how = self.torch.channels_last if last else None
         yield "torch", self._passes(shape, dtype, dtype, shape[1:2], forward, which, sets, how)
 
+    def loss(self, shape, dtype, sets):
+        """The loss, and the gradient of the logits."""
+        torch, calls = self.torch, []
+        labels = torch.arange(shape[0], device=self.place) % shape[1]
+        for turn in range(sets):
+            logits = self.random(shape, dtype, 10 + turn).requires_grad_()
+
+            def both(z=logits):
+                return torch.autograd.grad(torch.nn.functional.cross_entropy(z, labels), z)
+
+            calls.append(both)
+        yield "torch", calls
+
     def step(self, rule, shapes, dtype, options, sets):
         """The fused and the foreach form; none with float32 masters of 16-bit parameters."""
         torch = self.torch

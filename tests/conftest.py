@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import cudasim
-from kilter import _kilter
+from kilter import _backend, _kilter
 from kilter._backend import backend_named
 
 
@@ -129,6 +129,15 @@ def backend(request, cuda):
 def cuda():
     """The simulated device alone."""
     return CudaBackend()
+
+
+@pytest.fixture
+def recorder(cuda):
+    """The simulated device with a stream that records launches, as a CUDA graph does."""
+    runtime = cudasim.Recorder()
+    cudasim.install(runtime)
+    yield runtime
+    _backend.register(cudasim.SimArray, cudasim.xp, cuda.ops)
 
 
 @pytest.fixture

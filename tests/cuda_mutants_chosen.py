@@ -16,6 +16,7 @@ SUITES = {
     "groups.cu": (_WALK, "-k", "test_groups"),
     "groups.cuh": (_WALK, "-k", "test_groups"),
     "groups_once.cu": (_WALK, "-k", "test_groups"),
+    "loss.cu": (_WALK, "-k", "test_losses"),
     "optim.cu": (_WALK, "tests/test_optim.py", "-k", "test_steps or test_zero_gradients and cuda"),
     "rows.cu": (_WALK, "-k", "test_rows or test_groups"),
     "rows.cuh": (_WALK, "-k", "test_rows or test_groups"),
@@ -74,6 +75,12 @@ CHOSEN = (
         "if (c >= channels) return;",
         "if (c > channels) return;",
         _at("batch[odd columns-twice-plain]"),
+    ),
+    (  # the largest of a row's warps is looked for before they are there
+        "loss.cu",
+        "scratch[threadIdx.x / 32] = x;\n  __syncthreads();",
+        "scratch[threadIdx.x / 32] = x;",
+        _at("losses[labels-a block]"),
     ),
     (  # the sums of a row's warps are read before they are there
         "rows.cuh",

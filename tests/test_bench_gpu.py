@@ -52,7 +52,17 @@ def test_everything_runs_on_the_simulator(tmp_path):
     content = json.loads((tmp_path / "gpu.json").read_text())
     assert content["errors"] == []
     parts = {row["part"] for row in content["rows"]}
-    assert parts >= {"ceilings", "bn resnet50 nchw", "bn resnet50 nhwc", "bn", "norms", "groups", "optim", "init"}
+    assert parts >= {
+        "ceilings",
+        "bn resnet50 nchw",
+        "bn resnet50 nhwc",
+        "bn",
+        "norms",
+        "groups",
+        "losses",
+        "optim",
+        "init",
+    }
     assert all(row["timings"]["kilter"]["us"] > 0 for row in content["rows"])
 
 

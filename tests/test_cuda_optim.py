@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import cudasim
-from kilter import KilterError, _backend, _kilter
+from kilter import KilterError, _kilter
 from kilter.cuda import tensors
 from kilter.cuda.ops import table
 from kilter.cuda.optim import RULES as KERNELS
@@ -395,39 +395,6 @@ def test_a_scaler_moves_to_the_device_and_is_edited_there(cuda):
 
 
 # --------------------------------------------------------------------------- CUDA graphs
-
-
-class Recorder(cudasim.SimRuntime):
-    """A runtime whose stream can record launches, and replay them."""
-
-    recorded = None
-
-    def capturing(self):
-        return self.recorded is not None
-
-    def launch(self, *arguments):
-        if self.recorded is None:
-            super().launch(*arguments)
-        else:
-            self.recorded.append(arguments)
-
-    @contextmanager
-    def graph(self):
-        self.recorded = found = []
-        yield found
-        self.recorded = None
-
-    def replay(self, graph):
-        for arguments in graph:
-            super().launch(*arguments)
-
-
-@pytest.fixture
-def recorder(cuda):
-    runtime = Recorder()
-    cudasim.install(runtime)
-    yield runtime
-    _backend.register(cudasim.SimArray, cudasim.xp, cuda.ops)
 
 
 GRAPHS = {

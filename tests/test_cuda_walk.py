@@ -30,16 +30,16 @@ class Walk:
         return {name: np.full(shape, np.nan, REAL.get(name, FLOAT32)) for name, shape in shapes.items()}
 
     def call(self, name, *arguments, size=1):
-        """An operation; its results may differ by rounding, of sums over `size` terms. Scalars are tuples."""
+        """What both return; their results may differ by rounding, of sums over `size` terms. Scalars are tuples."""
         arguments = [np.array(a) if isinstance(a, tuple) else a for a in arguments]
         there = [self._on_device(a) for a in arguments]
-        getattr(_kilter, name)(*arguments)
-        getattr(self.ops, name)(*there)
+        returned = getattr(_kilter, name)(*arguments), getattr(self.ops, name)(*there)
         for a in arguments:
             if id(a) in self.there:
                 got, scale = self.there[id(a)][1].get().astype(np.float64), np.sqrt(a.size * size)
                 distance = np.linalg.norm(got - a)
                 assert distance <= 4e-6 * max(np.linalg.norm(a.astype(np.float64)), scale), (name, distance, got, a)
+        return returned
 
     def _on_device(self, a):
         if not isinstance(a, np.ndarray):
@@ -222,6 +222,17 @@ def test_flat(rng, size):
     walk.ops.probe_update(there[:2], there[2:])
     np.testing.assert_allclose(there[2].get(), s + x + y, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(there[3].get(), 2 * x + y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (2, 300), (1030, 2)], ids=["a warp", "a block", "more than blocks"])
+@pytest.mark.parametrize("soft", [False, True], ids=["labels", "soft"])
+def test_losses(rng, shape, soft):
+    walk, q = Walk(), rng.dirichlet(np.ones(shape[1]), shape[0])
+    targets = q if soft else q.argmax(axis=1).astype(FLOAT64)
+    for weights in (None, rng.random(shape[0])):
+        dz = walk.arrays(dz=shape)["dz"]
+        here, there = walk.call("softmax_cross_entropy", *numbers(rng, shape), targets, weights, 0.9, 0.02, dz)
+        assert there == pytest.approx(here, rel=1e-6)
 
 
 def test_steps_that_are_measured(cuda, rng):

@@ -291,8 +291,6 @@ def softmax_cross_entropy(
 ) -> float:
     """Returns the loss and fills dlogits (N, K), from float64 or float32 logits and targets, float64: labels (N,) or
     probabilities (N, K). on and off are the smoothing; weights (N,), float64, are 1 / N where they are missing.
-
-    CUDA has none: `kilter.nn` takes the loss of CuPy arrays by array functions.
     """
 
 def philox(out: _Array, seed: int, stream: int, attempt: int = 0) -> None:

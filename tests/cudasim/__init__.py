@@ -4,11 +4,11 @@
 """
 
 from cudasim.memory import Device, SimArray, alike, to_device, xp
-from cudasim.runtime import SimError, SimRuntime
+from cudasim.runtime import Recorder, SimError, SimRuntime
 from kilter import _backend
 from kilter.cuda.ops import table
 
-__all__ = ["Device", "SimArray", "SimError", "SimRuntime", "alike", "install", "to_device", "xp"]
+__all__ = ["Device", "Recorder", "SimArray", "SimError", "SimRuntime", "alike", "install", "to_device", "xp"]
 
 
 def install(runtime=None):

@@ -2,7 +2,7 @@
 
 import ctypes
 import threading
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -212,3 +212,28 @@ def _targets(table):
         if at < words.size and words[at] < start + array.nbytes:
             found[start] = array
     return found
+
+
+class Recorder(SimRuntime):
+    """A runtime whose stream can record launches, and replay them."""
+
+    recorded = None
+
+    def capturing(self):
+        return self.recorded is not None
+
+    def launch(self, *arguments):
+        if self.recorded is None:
+            super().launch(*arguments)
+        else:
+            self.recorded.append(arguments)
+
+    @contextmanager
+    def graph(self):
+        self.recorded = found = []
+        yield found
+        self.recorded = None
+
+    def replay(self, graph):
+        for arguments in graph:
+            super().launch(*arguments)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from functools import partial
 from types import SimpleNamespace
 
-from kilter.cuda import batch, fill, flat, grads, groups, optim, rows, rows_backward, tensors, tick
+from kilter.cuda import batch, fill, flat, grads, groups, loss, optim, rows, rows_backward, tensors, tick
 from kilter.cuda.launch import Launcher, Runtime
 
-MODULES = (batch, fill, flat, grads, groups, optim, rows, rows_backward, tick)
+MODULES = (batch, fill, flat, grads, groups, loss, optim, rows, rows_backward, tick)
 
 
 def table(runtime: Runtime) -> SimpleNamespace:

@@ -47,7 +47,7 @@ def digits() -> Dataset:
     CC BY 4.0; `digits.md` beside the data says what was changed.
     """
     folder = Path(__file__).parent
-    x = _scaled(read_idx(folder / "digits-images-idx3-ubyte.gz"), 16.0)
+    x = _scaled(np.ascontiguousarray(read_idx(folder / "digits-images-idx3-ubyte.gz").T), 16.0)
     y = read_idx(folder / "digits-labels-idx1-ubyte.gz").astype(np.int64)
     return Dataset(x[:DIGITS_TRAIN], y[:DIGITS_TRAIN], x[DIGITS_TRAIN:], y[DIGITS_TRAIN:])
 

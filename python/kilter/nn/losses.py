@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from kilter import _check, _kilter
+from kilter import _check
 from kilter._backend import backend_of
 from kilter._check import KilterError, arithmetic
 from kilter.nn.linear import rounded
@@ -46,8 +46,10 @@ def softmax_cross_entropy(
 
     Notes
     -----
-    NumPy arrays: one pass, all arithmetic in float64, the same bits on every processor; what each sample gets does not
-    depend on the others but for the weights' sum. CuPy arrays: arithmetic in float64 for float64, else in float32.
+    NumPy arrays: one pass, all arithmetic in float64, the same bits on every processor. CuPy arrays: one launch, in
+    float64 for float64, else in float32 with sums in float64; the host waits for the loss. What each sample gets does
+    not depend on the others but for the weights' sum. While a CUDA graph is captured, without weights, the loss is a
+    CuPy array without axes that each replay fills, and targets are not looked at.
 
     Raises
     ------
@@ -60,7 +62,7 @@ def softmax_cross_entropy(
     Szegedy et al., 2016, arXiv:1512.00567 (label smoothing, uniform).
     """
     expect(logits, ("N", "K"), None, "logits")
-    xp, _ = backend_of(logits, targets, weights, names=("logits", "targets", "weights"))
+    xp, ops = backend_of(logits, targets, weights, names=("logits", "targets", "weights"))
     samples, classes = logits.shape
     if not samples or not classes:
         raise KilterError(f"logits: expected at least one sample and one class, got shape {logits.shape}")
@@ -73,49 +75,11 @@ def softmax_cross_entropy(
     elif targets.dtype.kind not in "iu":
         raise KilterError(f"targets: expected integers or soft targets ({samples}, {classes}), got {targets.dtype}")
     w = _weights(weights, samples)
-    work = _on_host if xp is np else _on_device
-    return work(logits, targets, real, on, off, w)
-
-
-def _on_host(
-    logits: Array, targets: Array, real: np.dtype[Any], on: float, off: float, w: Array | None
-) -> tuple[float, Array]:
-    z = np.ascontiguousarray(logits, real)
-    dz = np.empty_like(z)
+    z = xp.ascontiguousarray(logits, real)
+    dz = xp.empty_like(z)
     # Every label that may be is exact in float64, and none that may not comes near one.
-    loss = _kilter.softmax_cross_entropy(z, np.ascontiguousarray(targets, np.float64), w, on, off, dz)
-    return loss, dz if dz.dtype == logits.dtype else rounded(dz, np.empty_like(dz, logits.dtype))
-
-
-def _on_device(
-    logits: Array, targets: Array, real: np.dtype[Any], on: float, off: float, w: Array | None
-) -> tuple[float, Array]:
-    xp, (samples, classes) = backend_of(logits).xp, logits.shape
-    soft = targets.ndim == 2
-    q = _soft(xp, targets, real) if soft else _flat_index(xp, targets, samples, classes)
-    scale = real.type(1 / samples) if w is None else w.astype(real)
-    z = xp.array(logits.T, dtype=real, order="C")  # classes first: every reduction runs over whole rows
-    z -= z.max(axis=0)
-    p = xp.exp(z)
-    total = p.sum(axis=0)
-    p /= total
-    per_sample = xp.log(total)
-    if soft:
-        if off:
-            q *= on - off
-            q += off
-        per_sample -= xp.einsum("kn,kn->n", q, z)
-        p -= q
-    else:
-        per_sample -= (on - off) * z.ravel().take(q)
-        if off:
-            per_sample -= off * z.sum(axis=0)
-            p -= off
-        p.ravel()[q] -= on - off
-    per_sample *= scale
-    loss = float(per_sample.sum(dtype=np.float64))
-    p *= scale
-    return loss, p.T.astype(logits.dtype, order="C")
+    loss: float = ops.softmax_cross_entropy(z, xp.ascontiguousarray(targets, np.float64), w, on, off, dz)
+    return loss, dz if dz.dtype == logits.dtype else rounded(dz, xp.empty_like(dz, logits.dtype))
 
 
 def bce_with_logits(logits: Array, targets: Array) -> tuple[float, Array]:
@@ -188,26 +152,6 @@ def _weights(weights: Array | None, samples: int) -> Array | None:
     if not (total > 0 and wide.min() >= 0):
         raise KilterError("weights: expected numbers of at least 0 with a positive sum")
     return wide / total
-
-
-def _flat_index(xp: Any, targets: Array, samples: int, classes: int) -> Array:
-    """Where each sample's class lies in the flattened (K, N) logits."""
-    at: Array = targets.astype(np.intp)
-    if at.view(np.uintp).max() >= classes:  # negative labels are large there
-        wrong = targets[(targets < 0) | (targets >= classes)]
-        raise KilterError(f"targets: expected labels in [0, {classes}), got {wrong[0]}")
-    at *= samples
-    at += xp.arange(samples)
-    return at
-
-
-def _soft(xp: Any, targets: Array, real: np.dtype[Any]) -> Array:
-    """Soft targets as a new array (K, N)."""
-    q: Array = xp.array(targets.T, dtype=real, order="C")
-    # wide enough for rows rounded to bfloat16
-    if not ((abs(q.sum(axis=0) - 1) < 2e-2).all() and q.min() >= 0):
-        raise KilterError("targets: expected rows of numbers of at least 0 that sum to 1")
-    return q
 
 
 def _pair(y: Array, targets: Array, name: str) -> tuple[Any, Array, Array]:
