@@ -184,6 +184,23 @@ def test_a_sample_has_the_gradient_that_it_has_alone(backend):
         np.testing.assert_array_equal(backend.numpy(among[1])[at], backend.numpy(alone[1])[0])
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38, -3e38])
+@pytest.mark.parametrize("at", [0, 3], ids=["own", "other"])
+@pytest.mark.parametrize("eps", [0.0, 0.1])
+def test_logits_without_bounds_on_every_backend(backend, value, at, eps):
+    """Only -inf beside a label leaves numbers, where nothing is smoothed; other samples keep their gradients."""
+    z = randn(4, 5, dtype=np.float32)
+    z[0, at] = value
+    logits, labels = backend.array(z), backend.array(np.array([0, 1, 2, 3]))
+    loss, dz = nn.softmax_cross_entropy(logits, labels, label_smoothing=eps)
+    _, dz_rest = nn.softmax_cross_entropy(z[1:], np.array([1, 2, 3]), label_smoothing=eps)
+    np.testing.assert_allclose(backend.numpy(dz)[1:], dz_rest * 0.75, atol=1e-7)
+    if np.isfinite(value) or (at == 3 and value < 0 and not eps):
+        assert np.isfinite(loss) and np.isfinite(backend.numpy(dz)).all()
+    else:
+        assert not np.isfinite(loss)
+
+
 LABELS, ROWS = r"labels in \[0, 4\)", "rows of numbers of at least 0 that sum to 1"
 REFUSED = {  # targets of the second of two samples, and what is said of them
     "label": (4, f"{LABELS}, got 4$"),

@@ -2,8 +2,8 @@
 
 const int KT_WARPS = 8;  // of a block at most
 
-KT_DEVICE float power(float x) { return expf(x); }
-KT_DEVICE double power(double x) { return exp(x); }
+KT_DEVICE float exponential(float x) { return expf(x); }
+KT_DEVICE double exponential(double x) { return exp(x); }
 
 // The largest of a block's numbers, in every thread; `scratch` may be used again after the next barrier of the block.
 KT_DEVICE kt_real block_most(kt_real x, kt_real* scratch) {
@@ -42,7 +42,7 @@ KT_KERNEL(256, 3) softmax_cross_entropy(const KT_T* z, const double* targets, in
     double found[3] = {0.0, 0.0, 0.0}, sums[3];  // of the powers, of what is taken from log total, of the targets
     for (int k = threadIdx.x; k < classes; k += blockDim.x) {
       const kt_real below = row[k] - top;
-      found[0] += (double)power(below);
+      found[0] += (double)exponential(below);
       if (soft) {
         found[1] += (q[k] * (on - off) + off) * (double)below;
         found[2] += q[k] >= 0.0 ? q[k] : 2.0;  // a sum that is refused
@@ -67,7 +67,7 @@ KT_KERNEL(256, 3) softmax_cross_entropy(const KT_T* z, const double* targets, in
     const kt_real inverse = (kt_real)(1.0 / sums[0]), w = (kt_real)weight;
     for (int k = threadIdx.x; k < classes; k += blockDim.x) {
       const kt_real own = (kt_real)(soft ? q[k] * (on - off) + off : k == label ? on : off);
-      dz[start + k] = (power(row[k] - top) * inverse - own) * w;
+      dz[start + k] = (exponential(row[k] - top) * inverse - own) * w;
     }
   }
   if (threadIdx.x == 0) partial[2 * blockIdx.x] = losses, partial[2 * blockIdx.x + 1] = wrong;

@@ -64,6 +64,7 @@ class Linear(Module):
         xp, y = self.recall("forward", x) or self._prepare(x, weight)
         if weight.dtype.itemsize > 2:
             self._cache = x, weight
+            # of two matrices what matmul gives, without a ufunc's machinery: microseconds less a call
             xp.dot(x, weight, out=y)
             return y if bias is None else xp.add(y, bias, out=y)
         x32, w32 = self._cache = widened(self, "x32", x), widened(self, "w32", weight)

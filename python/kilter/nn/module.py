@@ -150,7 +150,7 @@ class Module:
         return {pre + n: a for pre, m in self.named(*names) if not m.frozen for n, a in m.own_grads.items()}
 
     def add_param(self, name: str, value: Array) -> None:
-        """Own `value` as a parameter, with a gradient of zeros."""
+        """Own `value` as a parameter, with a gradient of zeros, in C order, as products write into it."""
         self.own_params[name] = value
         self.own_grads[name] = backend_of(value).xp.zeros_like(value, order="C")
 

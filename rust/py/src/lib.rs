@@ -1,8 +1,8 @@
 //! The Python extension of kilter: opens arrays, launches kernels, computes nothing.
 //!
-//! Every function fills arrays that are given to it and returns None. The CUDA backend has functions of the same names
-//! and arguments, but for the loss. What the arguments mean stands in `_kilter.pyi` and, in full, at the
-//! public functions.
+//! Every function fills arrays that are given to it and returns None, but for the loss, which returns its number. The CUDA
+//! backend has functions of the same names and arguments. What the arguments mean stands in `_kilter.pyi` and, in full, at
+//! the public functions.
 
 mod array;
 mod gate;
